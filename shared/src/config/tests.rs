@@ -1,0 +1,327 @@
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use secrecy::ExposeSecret;
+
+use super::*;
+
+fn pairs(env: &[(&str, &str)]) -> impl Iterator<Item = (String, String)> {
+    env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect::<Vec<_>>().into_iter()
+}
+
+fn load(env: &[(&str, &str)]) -> Result<Settings, ConfigErrors> {
+    Settings::load(pairs(env), None)
+}
+
+/// A `.env` file of this test process; `name` keeps tests apart.
+struct EnvFile(PathBuf);
+
+impl EnvFile {
+    fn new(name: &str, text: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("mcp-config-{}-{name}.env", std::process::id()));
+        std::fs::write(&path, text).unwrap();
+        Self(path)
+    }
+
+    fn load(&self, env: &[(&str, &str)]) -> Result<Settings, ConfigErrors> {
+        Settings::load(pairs(env), Some(&self.0))
+    }
+}
+
+impl Drop for EnvFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+#[test]
+fn nothing_set_gives_the_defaults() {
+    let settings = load(&[]).unwrap();
+    assert_eq!(settings.host, ListenHost::Address(IpAddr::V4(Ipv4Addr::LOCALHOST)));
+    assert_eq!((settings.port, settings.auth, settings.debug), (8080, Auth::Unset, false));
+    assert_eq!(settings.data_dir, Path::new("./data"));
+    assert_eq!(settings.payload_limit, 6 * 1024 * 1024);
+    assert_eq!(settings.shutdown_timeout, crate::limits::SHUTDOWN_DRAIN);
+    assert_eq!(settings.log_format, LogFormat::Auto);
+    assert!(settings.secrets_key.is_none() && settings.secrets_keys_file.is_none());
+    assert!(settings.legacy.is_none() && settings.log_filter.is_none());
+    assert!(settings.allowed_hosts.is_empty() && settings.allowed_origins.is_empty());
+    assert!(settings.later.is_empty() && settings.warnings.is_empty());
+    let effective = settings.effective();
+    assert_eq!(effective.len(), VARIABLES.len());
+    assert!(effective.iter().all(|(_, _, origin)| *origin == Origin::Default));
+}
+
+#[test]
+fn every_value_is_read() {
+    let settings = load(&[
+        ("HOST", "[::1]"),
+        ("PORT", "0"),
+        ("AUTH", "None"),
+        ("ALLOWED_HOSTS", "Tools.Example.com, 10.0.0.7:8080,[FD00:0::1]:90,, mcp_api,mcp_api"),
+        ("ALLOWED_ORIGINS", "https://App.example.com:443,http://localhost:3000,chrome-extension://abc"),
+        ("PAYLOAD_LIMIT", "512KB"),
+        ("SHUTDOWN_TIMEOUT_SECONDS", " 600 "),
+        ("DATA_DIR", "/srv/mcp data"),
+        ("SECRETS_KEYS_FILE", "/run/keys"),
+        ("LEGACY_SECRETS", "ro"),
+        ("DEBUG", "YES"),
+        ("LOG_FORMAT", "json"),
+        ("RUST_LOG", "warn,mcp_gateway=trace"),
+        ("INSTALL_ON_START", "@a/b|c"),
+        ("MONGO_PASS", "canary"),
+        ("PATH", "/bin"),
+    ])
+    .unwrap();
+    assert_eq!(settings.host, ListenHost::Address(IpAddr::V6(Ipv6Addr::LOCALHOST)));
+    assert_eq!((settings.port, settings.auth, settings.debug), (0, Auth::None, true));
+    assert_eq!(settings.allowed_hosts, ["tools.example.com", "10.0.0.7:8080", "[fd00::1]:90", "mcp_api"]);
+    assert_eq!(
+        settings.allowed_origins,
+        ["https://app.example.com", "http://localhost:3000", "chrome-extension://abc"]
+    );
+    assert_eq!(settings.payload_limit, 512 * 1024);
+    assert_eq!(settings.shutdown_timeout, Duration::from_secs(600));
+    assert_eq!(settings.data_dir, Path::new("/srv/mcp data"));
+    assert_eq!(settings.secrets_keys_file.as_deref(), Some(Path::new("/run/keys")));
+    assert!(matches!(settings.legacy, Some(LegacyMode::Ro)));
+    assert_eq!(settings.log_format, LogFormat::Json);
+    assert_eq!(settings.log_filter.as_deref(), Some("warn,mcp_gateway=trace"));
+    let later: Vec<_> = settings.later.iter().map(|(name, value)| (*name, value.as_str())).collect();
+    assert_eq!(later, [("INSTALL_ON_START", "@a/b|c"), ("MONGO_PASS", "canary")]);
+}
+
+#[test]
+fn sizes() {
+    for (text, bytes) in [
+        ("6mb", 6 << 20),
+        ("512kb", 512 << 10),
+        ("1gb", 1 << 30),
+        ("1GB", 1 << 30),
+        ("1024b", 1024),
+        ("1048576", 1 << 20),
+        ("1.5mb", 3 << 19),
+        ("1.5 MB", 3 << 19),
+        ("0.001gb", 1_073_741),
+        ("1.000000001gb", 0),
+        ("100b", 0),
+        ("1023", 0),
+        ("1.1gb", 0),
+        ("0", 0),
+        ("-1mb", 0),
+        ("+6mb", 0),
+        ("1e3mb", 0),
+        (".5mb", 0),
+        ("5.mb", 0),
+        ("1.2.3mb", 0),
+        ("2048.5", 0),
+        ("2048.0b", 0),
+        ("mb", 0),
+        ("6 m b", 0),
+        ("6tb", 0),
+        ("6mib", 0),
+        ("99999999999999999999gb", 0),
+        ("1.0000000000000000000001mb", 0),
+        ("٦mb", 0),
+    ] {
+        let expected = if bytes == 0 { None } else { Some(bytes) };
+        assert_eq!(parse::size(text).ok(), expected, "{text}");
+    }
+}
+
+#[test]
+fn bad_values_are_refused_with_what_would_be_valid() {
+    let long = "x".repeat(300);
+    for (name, value, says) in [
+        ("HOST", "http://x", "an IP address"),
+        ("HOST", "127.1", "an IP address"),
+        ("HOST", "0x7f000001", "an IP address"),
+        ("HOST", "[127.0.0.1]", "an IP address"),
+        ("HOST", "a b", "an IP address"),
+        ("HOST", "localhost:8080", "an IP address"),
+        ("HOST", &long, "an IP address"),
+        ("PORT", "65536", "PORT: `65536` is not valid; valid: a number from 1 to 65535, or 0"),
+        ("PORT", "+80", "a number"),
+        ("PORT", "80\r\nX", "`80  X`"),
+        ("PORT", &long, "xxx…`"),
+        ("AUTH", "keys", "AUTH: keys and jwt are not part of this version; valid: none"),
+        ("AUTH", "JWT", "AUTH: keys and jwt are not part of this version; valid: none"),
+        ("AUTH", "off", "valid: none"),
+        ("ALLOWED_HOSTS", "*", "DNS rebinding"),
+        ("ALLOWED_HOSTS", "ok.example,*.example.com", "DNS rebinding"),
+        ("ALLOWED_HOSTS", "https://a", "host or host:port"),
+        ("ALLOWED_HOSTS", "a:0", "host or host:port"),
+        ("ALLOWED_HOSTS", "a:", "host or host:port"),
+        ("ALLOWED_HOSTS", "::1", "host or host:port"),
+        ("ALLOWED_HOSTS", "[::1", "host or host:port"),
+        ("ALLOWED_HOSTS", "[::1]8", "host or host:port"),
+        ("ALLOWED_HOSTS", "žluť.cz", "host or host:port"),
+        ("ALLOWED_ORIGINS", "*", "any web page could start programs here"),
+        ("ALLOWED_ORIGINS", "null", "the origin null"),
+        ("ALLOWED_ORIGINS", "a.example", "origins, comma-separated"),
+        ("ALLOWED_ORIGINS", "https://a/", "trailing slash"),
+        ("ALLOWED_ORIGINS", "https://user:canary@a", "`https://***@a`"),
+        ("ALLOWED_ORIGINS", "://a", "origins, comma-separated"),
+        ("ALLOWED_ORIGINS", "file://", "origins, comma-separated"),
+        ("PAYLOAD_LIMIT", "2gb", "from 1kb to 1gb"),
+        ("SHUTDOWN_TIMEOUT_SECONDS", "0", "from 1 to 600"),
+        ("SHUTDOWN_TIMEOUT_SECONDS", "601", "from 1 to 600"),
+        ("SHUTDOWN_TIMEOUT_SECONDS", "1.5", "from 1 to 600"),
+        ("LEGACY_SECRETS", "on", "rw, ro or off"),
+        ("DEBUG", "maybe", "true or false"),
+        ("LOG_FORMAT", "xml", "auto, pretty or json"),
+        ("RUST_LOG", "a=b=c", "a log filter"),
+        ("DATA_DIR", "/a\u{fffd}", "not UTF-8"),
+        ("SECRETS_KEY", "canary\u{fffd}", "SECRETS_KEY: the value is not UTF-8 text"),
+        ("NATS_URL", "nats://u:canary@h", "NATS_URL: clusters and MongoDB are not part of this version"),
+        ("MONGO_HOST", "mongodb://u:canary@h", "unset it to run on one machine with the embedded store"),
+        ("MONGODB_URI", "mongodb://u:canary@h", "MONGODB_URI: clusters and MongoDB"),
+    ] {
+        let errors = load(&[(name, value)]).unwrap_err();
+        let text = errors.to_string();
+        assert_eq!(errors.problems().len(), 1, "{text}");
+        assert_eq!(errors.problems()[0].subject(), name);
+        assert!(text.contains(says) && text.starts_with(name), "{name}={value}: {text}");
+        assert!(!text.contains("canary") && !text.contains(&"x".repeat(65)), "{text}");
+    }
+}
+
+#[test]
+fn listening_for_others_needs_a_word_on_authentication() {
+    for host in ["0.0.0.0", "::", "[::]", "192.168.1.5", "::ffff:10.0.0.1", "box.lan", "localhost.lan"] {
+        let text = load(&[("HOST", host)]).unwrap_err().to_string();
+        assert!(text.starts_with("HOST: listening on ") && text.contains("AUTH=none"), "{text}");
+        let settings = load(&[("HOST", host), ("AUTH", "none")]).unwrap();
+        assert!(!settings.host.is_loopback());
+        assert!(load(&[("HOST", host), ("AUTH", "")]).is_err());
+    }
+    for host in ["localhost", "LOCALHOST", "127.0.0.1", "127.9.9.9", "::1", "[::1]", "::ffff:127.0.0.1"] {
+        assert!(load(&[("HOST", host)]).unwrap().host.is_loopback(), "{host}");
+    }
+    assert_eq!(load(&[("HOST", "localhost")]).unwrap().host.to_string(), "127.0.0.1");
+}
+
+#[test]
+fn everything_wrong_is_reported_at_once() {
+    let file = EnvFile::new("many", "PROT=1\nnonsense\nLOG_FORMAT=xml\n");
+    let errors = file
+        .load(&[
+            ("PORT", "x"),
+            ("DEBUG", "x"),
+            ("NATS_URL", "x"),
+            ("SECRETS_KEY", "k"),
+            ("SECRETS_KEYS_FILE", "f"),
+        ])
+        .unwrap_err();
+    let text = errors.to_string();
+    assert_eq!(text.lines().count(), 7, "{text}");
+    assert_eq!(errors.problems().len(), 7);
+    assert!(text.contains("SECRETS_KEYS_FILE: SECRETS_KEY is set as well; set only one"), "{text}");
+}
+
+#[test]
+fn the_environment_wins_and_empty_is_unset() {
+    let file =
+        EnvFile::new("wins", "PORT=1111\nHOST=\nDEBUG=true\nPAYLOAD_LIMIT=1mb\nOTEL_X=1\nNATS_TLS_CA=x\n");
+    let settings = file.load(&[("PORT", "2222"), ("DEBUG", ""), ("PAYLOAD_LIMIT", "  ")]).unwrap();
+    assert_eq!((settings.port, settings.debug, settings.payload_limit), (2222, true, 1 << 20));
+    let origin = |wanted| settings.effective().into_iter().find(|(name, ..)| *name == wanted).unwrap();
+    assert_eq!(origin("PORT"), ("PORT", "2222".to_owned(), Origin::Environment));
+    assert_eq!(origin("PAYLOAD_LIMIT"), ("PAYLOAD_LIMIT", "1mb".to_owned(), Origin::EnvFile));
+    assert_eq!(origin("HOST"), ("HOST", "127.0.0.1".to_owned(), Origin::Default));
+    assert_eq!(origin("SEARXNG_URL").1, "unset");
+    assert_eq!(format!("[{:>8}]", Origin::EnvFile), "[    .env]");
+}
+
+#[test]
+fn values_of_a_file_are_what_they_look_like() {
+    let json = r#"{"web":{"client_id":"a b","secret":"x\ny$z"}}"#;
+    let text = format!(
+        "\u{feff}# mcp-api\r\nexport SECRETS_KEY='p\"a$s#s \\ '\r\nGOOGLE_OAUTH_CREDENTIALS={json}\r\n\
+         DATA_DIR=\"/a b\" # c\r\nPIP_INDEX_URL=\r\n"
+    );
+    let settings = EnvFile::new("quotes", &text).load(&[]).unwrap();
+    assert_eq!(settings.secrets_key.as_ref().map(ExposeSecret::expose_secret), Some("p\"a$s#s \\ "));
+    assert_eq!(settings.later["GOOGLE_OAUTH_CREDENTIALS"], json);
+    assert_eq!(settings.data_dir, Path::new("/a b"));
+    assert!(!settings.later.contains_key("PIP_INDEX_URL"));
+}
+
+#[test]
+fn unknown_names_in_a_file_are_errors() {
+    for (line, says) in [
+        ("SECRET_KEY=canary", "SECRET_KEY: not a setting of this program (line 1 of "),
+        ("SECRET_KEY=canary", "did you mean SECRETS_KEY?"),
+        ("secrets_key=canary", "did you mean SECRETS_KEY?"),
+        ("PRT=1", "did you mean PORT?"),
+        ("MONGODB_NAME=x", "did you mean MONGO_DBNAME?"),
+        ("PIP_EXTRA_INDX_URL=x", "did you mean PIP_EXTRA_INDEX_URL?"),
+        ("NODE_ENV=production", "remove it, or see --help"),
+        ("MIIcanaryEvQIBADANBgkqhkiG9w0BAQEF==", ".env: not a setting of this program"),
+    ] {
+        let text = EnvFile::new("unknown", line).load(&[]).unwrap_err().to_string();
+        assert!(text.contains(says), "{line}: {text}");
+        assert!(!text.contains("canary"), "{text}");
+    }
+}
+
+#[test]
+fn names_in_the_environment_that_are_nearly_ours_are_warned_about() {
+    let settings = load(&[
+        ("SECRET_KEY", "canary"),
+        ("PAYLOAD_LIMITS", "1"),
+        ("secrets_key", "canary"),
+        ("MONGO_PORT", "27017"),
+        ("AUTHOR", "me"),
+        ("HOSTNAME", "box"),
+        ("PORTS", "1"),
+        ("KATA_DIR", "1"),
+        ("HOME", "/root"),
+        ("PYTHON_VERSION", "3.13"),
+        ("RUST_BACKTRACE", "1"),
+        ("RUST_LOG_STYLE", "never"),
+    ])
+    .unwrap();
+    assert_eq!(
+        settings.warnings,
+        [
+            "PAYLOAD_LIMITS: not a setting of this program; did you mean PAYLOAD_LIMIT?",
+            "SECRET_KEY: not a setting of this program; did you mean SECRETS_KEY?",
+            "secrets_key: not a setting of this program; did you mean SECRETS_KEY?",
+        ]
+    );
+}
+
+#[test]
+fn secrets_are_masked() {
+    let mut env: Vec<_> = VARIABLES
+        .iter()
+        .filter(|v| v.secret && v.used != Since::Refused)
+        .map(|v| (v.name, "canary-canary"))
+        .collect();
+    env.push(("SEARXNG_URL", "https://user:canary@search.example/x"));
+    let settings = load(&env).unwrap();
+    let shown = format!("{settings:?} {settings:#?} {:?}", settings.effective());
+    assert!(!shown.contains("canary"), "{shown}");
+    assert!(settings.effective().contains(&(
+        "SECRETS_KEY",
+        "(set, 13 characters)".to_owned(),
+        Origin::Environment
+    )));
+    assert!(shown.contains("https://***@search.example/x"), "{shown}");
+    // Documented defaults are no secrets, and at signs alone are no credentials.
+    let defaults = format!("{:?}", load(&[("INSTALL_ON_START", "@a/b|c,@d/e|f")]).unwrap());
+    assert!(defaults.contains("@a/b|c,@d/e|f"), "{defaults}");
+}
+
+#[test]
+fn a_file_that_was_asked_for_must_be_readable() {
+    let missing = std::env::temp_dir().join("mcp-config-no-such-file.env");
+    let text = Settings::load(pairs(&[]), Some(&missing)).unwrap_err().to_string();
+    assert!(text.contains("the file cannot be read: entity not found"), "{text}");
+    assert!(Settings::load(pairs(&[]), Some(&std::env::temp_dir())).is_err());
+    let file = EnvFile::new("latin", "");
+    std::fs::write(&file.0, b"SECRETS_KEY=canary\xff").unwrap();
+    let text = file.load(&[]).unwrap_err().to_string();
+    assert!(text.contains("not UTF-8") && !text.contains("canary"), "{text}");
+    assert_eq!(env_file(Some(missing.clone())), Some(missing));
+}

@@ -1,0 +1,17 @@
+#![doc = include_str!("../README.md")]
+
+pub mod config;
+pub mod crypter;
+pub mod error;
+pub mod ids;
+pub mod json;
+pub mod limits;
+pub mod server;
+pub mod store;
+pub mod telemetry;
+pub mod timestamp;
+pub mod vault;
+pub mod worker_api;
+
+#[cfg(feature = "testing")]
+pub mod testing;

@@ -1,0 +1,88 @@
+//! The normative table of limits and times that are not settings. Everything that bounds something
+//! takes its number from here; records and requests may override where the comment says so.
+
+use std::time::Duration;
+
+macro_rules! table {
+    ($($(#[doc = $doc:literal])* $name:ident: $kind:ty = $value:expr;)*) => {
+        $($(#[doc = $doc])* pub const $name: $kind = $value;)*
+
+        /// Every entry as (name, value, meaning), for the documentation.
+        pub fn entries() -> Vec<(&'static str, String, String)> {
+            vec![$((stringify!($name), format!("{:?}", $name), concat!($($doc),*).trim().to_owned()),)*]
+        }
+    };
+}
+
+table! {
+    /// Bounds one tool call; a record's `toolTimeout` and `X-Request-Timeout-Ms` override it.
+    TOOL_TIMEOUT: Duration = Duration::from_secs(60);
+    /// The most that a call may take, whoever asks.
+    TOOL_TIMEOUT_MAX: Duration = Duration::from_secs(600);
+    /// Bounds start and tool discovery; a record's `startupTimeout` overrides it.
+    STARTUP_TIMEOUT: Duration = Duration::from_secs(180);
+    /// The most that a start may take.
+    STARTUP_TIMEOUT_MAX: Duration = Duration::from_secs(300);
+    /// A `per_user` process that nobody called for this long is stopped; `idleTimeout` overrides it.
+    PER_USER_IDLE_TIMEOUT: Duration = Duration::from_secs(600);
+    /// Calls in flight on one connection; a record's `concurrency` overrides it.
+    CONCURRENCY: usize = 64;
+    /// The most that a record's `concurrency` may be.
+    CONCURRENCY_MAX: u32 = 1_024;
+    /// The most that a record's `instances` may be.
+    INSTANCES_MAX: u32 = 64;
+    /// Calls that may wait for a free slot of one server, within their deadlines.
+    CALL_QUEUE: usize = 1_024;
+    /// Processes of one `per_user` server that may run at once on one worker.
+    PER_USER_PROCESSES: usize = 256;
+    /// Bytes of one tool result.
+    RESULT_BYTES: usize = 16 * 1024 * 1024;
+    /// Bytes of one line on a server's standard output; a longer line fails its own call.
+    LINE_BYTES: usize = 17 * 1024 * 1024;
+    /// A line that has not ended by now costs the process its life.
+    LINE_BYTES_FATAL: usize = 64 * 1024 * 1024;
+    /// Bytes of one stored secret.
+    SECRET_BYTES: usize = 64 * 1024;
+    /// Lines of standard error that are kept for each process.
+    LOG_LINES: usize = 200;
+    /// Bytes of one such line; the rest is cut.
+    LOG_LINE_BYTES: usize = 4 * 1024;
+    /// Tools that one server may list.
+    TOOLS: usize = 10_000;
+    /// Pages of one `tools/list`.
+    TOOL_PAGES: usize = 1_000;
+    /// Progress events that wait for a slow reader; further ones are dropped, results never.
+    PROGRESS_QUEUE: usize = 64;
+    /// How long a cancelled call may hold its slot while the server makes up its mind.
+    CANCEL_GRACE: Duration = Duration::from_secs(5);
+    /// How long calls in flight may take when their server is stopped by an administrator.
+    STOP_DRAIN: Duration = Duration::from_secs(5);
+    /// How long a process has to leave after its standard input was closed.
+    STOP_EOF: Duration = Duration::from_secs(2);
+    /// How long it has after SIGTERM; then SIGKILL.
+    STOP_TERM: Duration = Duration::from_secs(2);
+    /// First pause before a server that crashed or did not start is started again; doubles each time.
+    RESTART_BACKOFF: Duration = Duration::from_millis(500);
+    /// The longest such pause.
+    RESTART_BACKOFF_MAX: Duration = Duration::from_secs(60);
+    /// A process that ran for this long before it died is not in a crash loop.
+    STABLE_AFTER: Duration = Duration::from_secs(60);
+    /// Entries of the cache of (still encrypted) secrets, by user and server.
+    SECRET_CACHE: usize = 20_000;
+    /// How long a store operation may take.
+    STORE_TIMEOUT: Duration = Duration::from_secs(5);
+    /// Store operations that may wait.
+    STORE_QUEUE: usize = 1_024;
+    /// How long a client may take to send the head of a request.
+    HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+    /// How long a client may take to send the body of a request.
+    BODY_TIMEOUT: Duration = Duration::from_secs(30);
+    /// How long calls in flight have to finish when the program stops.
+    SHUTDOWN_DRAIN: Duration = Duration::from_secs(30);
+    /// Bytes of all request heads' lines together.
+    HEAD_BYTES: usize = 64 * 1024;
+    /// Header fields of one request.
+    HEADER_COUNT: usize = 100;
+    /// Connections that one gateway serves at once.
+    CONNECTIONS: usize = 10_000;
+}

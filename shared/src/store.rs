@@ -1,0 +1,207 @@
+//! The durable truth: what is stored, as one trait. Its implementations pass one contract suite
+//! (`testing::store_contract`). One document is the unit of atomicity.
+
+use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    ids::{SecretName, ServerName, UserId},
+    server::ServerRecord,
+};
+
+pub mod embedded;
+
+/// The number of a document's version. It changes with every write of the document.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Revision(pub i64);
+
+/// A document with the revision it was read at.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Versioned<T> {
+    /// The revision, for compare-and-set.
+    pub revision: Revision,
+    /// The document.
+    pub value: T,
+}
+
+/// A server's record as stored: the values of `env` and `headers` are encrypted. [`crate::vault`]
+/// makes these and opens them.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SealedServer(pub ServerRecord);
+
+/// A user's secret as stored.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SealedSecret {
+    /// Whose.
+    pub username: UserId,
+    /// `serverName.secretName`, unique for a user: mcp-api's key.
+    pub key: String,
+    /// For which server.
+    pub server_name: ServerName,
+    /// Under which name.
+    pub secret_name: SecretName,
+    /// The encrypted value.
+    pub value: String,
+}
+
+impl SealedSecret {
+    /// The key under which mcp-api stores a secret.
+    pub fn key_of(server: &ServerName, name: &SecretName) -> String {
+        format!("{server}.{name}")
+    }
+}
+
+impl std::fmt::Debug for SealedSecret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SealedSecret").field("username", &self.username).field("key", &self.key).finish()
+    }
+}
+
+/// The tools that a server listed, kept so that they can be shown while it does not run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredTools {
+    /// Which server.
+    pub server: ServerName,
+    /// For whom, where listings differ by user; `None`: the one that everybody sees.
+    pub user: Option<UserId>,
+    /// The JSON array, byte for byte.
+    pub tools: String,
+}
+
+/// A lease: who may run something that may run only once. The fence grows with every new owner, the
+/// revision with every renewal; nobody compares clocks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Lease {
+    /// What is leased.
+    pub name: String,
+    /// Who holds it; `None` when it was given back.
+    pub owner: Option<String>,
+    /// Grows with every owner. Work done under an older fence is void.
+    pub fence: i64,
+    /// Grows with every write.
+    pub revision: Revision,
+}
+
+/// Small facts that are written once and then stay: the first writer wins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fact {
+    /// Check values of encryption keys, by key id (`keyring`).
+    KeyRing,
+    /// What the program did once (`appState`).
+    AppState,
+}
+
+impl Fact {
+    /// The collection's name.
+    pub fn collection(self) -> &'static str {
+        match self {
+            Fact::KeyRing => "keyring",
+            Fact::AppState => "appState",
+        }
+    }
+}
+
+/// Why the store did not do as asked.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// A document with that key exists; for servers also one whose name differs only in case.
+    #[error("{existing} already exists")]
+    AlreadyExists {
+        /// The name of the existing document.
+        existing: String,
+    },
+    /// There is no such document.
+    #[error("no such document")]
+    NotFound,
+    /// The document changed since it was read, or somebody else holds the lease.
+    #[error("the document has changed since it was read")]
+    Conflict,
+    /// The disk is full: reads go on, writes are refused.
+    #[error("the disk of the store is full")]
+    Full,
+    /// It did not answer in time, or cannot be reached.
+    #[error("the store is not available")]
+    Unavailable {
+        /// For the log.
+        cause: String,
+    },
+    /// A stored document cannot be understood. It is left as it is.
+    #[error("a stored document cannot be read: {what}")]
+    Corrupt {
+        /// Which one.
+        what: String,
+    },
+}
+
+/// The store. Every write that returned `Ok` survives a crash of the process and of the machine.
+#[async_trait]
+pub trait Store: Send + Sync + 'static {
+    /// Whether the store answers and can be written.
+    async fn ping(&self) -> Result<(), StoreError>;
+
+    /// All servers, oldest first.
+    async fn servers(&self) -> Result<Vec<Versioned<SealedServer>>, StoreError>;
+
+    /// One server.
+    async fn server(&self, name: &ServerName) -> Result<Option<Versioned<SealedServer>>, StoreError>;
+
+    /// Adds a server. [`StoreError::AlreadyExists`] when its name is taken, also in other case.
+    async fn insert_server(&self, server: &SealedServer) -> Result<Revision, StoreError>;
+
+    /// Replaces a server that still has the revision `expected`; else [`StoreError::Conflict`], or
+    /// [`StoreError::NotFound`] when it is gone.
+    async fn replace_server(&self, server: &SealedServer, expected: Revision)
+    -> Result<Revision, StoreError>;
+
+    /// Removes a server and all that belongs to it: users' secrets and listed tools. Says whether
+    /// there was one. Repeating it after a crash completes it.
+    async fn delete_server(&self, name: &ServerName) -> Result<bool, StoreError>;
+
+    /// Sets a secret. [`StoreError::NotFound`] when its server does not exist.
+    async fn put_secret(&self, secret: &SealedSecret) -> Result<(), StoreError>;
+
+    /// Deletes a secret; says whether there was one.
+    async fn delete_secret(
+        &self,
+        user: &UserId,
+        server: &ServerName,
+        name: &SecretName,
+    ) -> Result<bool, StoreError>;
+
+    /// A user's secrets for one server, by name.
+    async fn secrets(&self, user: &UserId, server: &ServerName) -> Result<Vec<SealedSecret>, StoreError>;
+
+    /// How many users stored secrets for a server.
+    async fn users_with_secrets(&self, server: &ServerName) -> Result<u64, StoreError>;
+
+    /// How many secrets have values in mcp-api's format.
+    async fn legacy_secrets(&self) -> Result<u64, StoreError>;
+
+    /// Keeps the tools that a server listed.
+    async fn put_tools(&self, tools: &StoredTools) -> Result<(), StoreError>;
+
+    /// All listings.
+    async fn tools(&self) -> Result<Vec<StoredTools>, StoreError>;
+
+    /// A lease as it stands; `None` when nobody ever took it.
+    async fn lease(&self, name: &str) -> Result<Option<Lease>, StoreError>;
+
+    /// Takes a lease that nobody has (`seen` is `None` and none exists), that was given back, or whose
+    /// revision `seen` has not changed for longer than its holder may be silent, which the caller
+    /// judged by its own clock. [`StoreError::Conflict`] when it changed meanwhile.
+    async fn take_lease(&self, name: &str, owner: &str, seen: Option<Revision>) -> Result<Lease, StoreError>;
+
+    /// Shows that the owner lives. [`StoreError::Conflict`] when the lease is lost.
+    async fn renew_lease(&self, lease: &Lease) -> Result<Lease, StoreError>;
+
+    /// Gives a lease back; nothing happens when it was lost already.
+    async fn release_lease(&self, lease: &Lease) -> Result<(), StoreError>;
+
+    /// Writes a fact unless it is written already; returns what stands there now.
+    async fn put_once(&self, fact: Fact, key: &str, value: &str) -> Result<String, StoreError>;
+
+    /// Reads a fact.
+    async fn fact(&self, fact: Fact, key: &str) -> Result<Option<String>, StoreError>;
+}

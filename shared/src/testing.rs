@@ -1,0 +1,7 @@
+//! Support for the tests of this and other crates. Nothing here is part of the program.
+// A test that cannot set up what it needs has failed, and a panic is how it says so.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+pub mod fixture;
+pub mod store_contract;
+pub mod tools;
