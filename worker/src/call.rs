@@ -1,0 +1,256 @@
+//! One tool call, from its slot to its end.
+
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use mcp_shared::{
+    error::{ErrorCode, Outcome, WorkerError},
+    ids::UserId,
+    json::RawJson,
+    limits,
+    worker_api::{CallEvent, ToolCall},
+};
+use tokio::{
+    sync::mpsc,
+    time::{Instant, timeout, timeout_at},
+};
+use tokio_util::sync::CancellationToken;
+use zeroize::Zeroizing;
+
+use crate::{
+    group::{Group, NoSlot, current},
+    host::Host,
+    registry::Entry,
+    secrets,
+    transport::{RpcError, stdio::Failure},
+};
+
+/// How often a call that was provably not started is tried again here.
+const ATTEMPTS: usize = 3;
+
+/// A call on its way.
+pub struct Call {
+    /// The worker's means.
+    pub host: Arc<Host>,
+    /// The server.
+    pub entry: Arc<Entry>,
+    /// Whose secrets apply.
+    pub user: UserId,
+    /// What is called.
+    pub request: ToolCall,
+    /// When it must be over.
+    pub deadline: Instant,
+    /// The time that it was given, for messages.
+    pub limit: Duration,
+    /// The caller is gone.
+    pub cancelled: CancellationToken,
+    /// Where progress goes.
+    pub events: mpsc::Sender<CallEvent>,
+}
+
+impl Call {
+    /// Runs the call to its end. Whatever the server still does with a call that was given up is
+    /// looked after by another task, which keeps the slot until then.
+    pub async fn run(self) -> Result<RawJson, WorkerError> {
+        let mut attempts = 0;
+        loop {
+            match self.attempt().await {
+                Ok(result) => return Ok(result),
+                Err(Attempt::Failed(error)) => return Err(error),
+                // The process was gone before it saw the call.
+                Err(Attempt::Again) => {
+                    attempts += 1;
+                    if attempts == ATTEMPTS {
+                        return Err(self.crashed(Outcome::NotStarted));
+                    }
+                }
+                // It is being replaced: the call waits, and goes to the new one.
+                Err(Attempt::Replaced) => {
+                    if timeout_at(self.deadline, self.entry.settled()).await.is_err() {
+                        return Err(self.late(Outcome::NotStarted));
+                    }
+                }
+            }
+        }
+    }
+
+    async fn attempt(&self) -> Result<RawJson, Attempt> {
+        let group = self.entry.group(&self.user, &self.host)?;
+        let slot = tokio::select! {
+            slot = group.slot(self.deadline) => slot.map_err(|no_slot| match no_slot {
+                NoSlot::Retired => Attempt::Replaced,
+                NoSlot::Error(error) => Attempt::Failed(error),
+            })?,
+            () = self.cancelled.cancelled() => return Err(cancelled(Outcome::NotStarted).into()),
+        };
+        let instance = Arc::clone(&slot.instance);
+        let busy = Busy::new(&group, &slot.instance);
+        let (arguments, known) = self.arguments(&group).await?;
+        let progress = self.request.progress.then(|| self.events.clone());
+        let tool = self.request.tool.as_str();
+        let begin = instance.connection.call_tool(tool, &arguments, progress);
+        let mut in_flight = match timeout_at(self.deadline, begin).await {
+            Ok(Ok(in_flight)) => in_flight,
+            Ok(Err(_)) => return Err(Attempt::Again),
+            // The server has not read its input for so long that nothing more fits in.
+            Err(_) => return Err(self.late(Outcome::NotStarted).into()),
+        };
+        let given_up = tokio::select! {
+            answer = timeout_at(self.deadline, in_flight.answer()) => match answer {
+                Ok(answer) => return self.conclude(answer, &group, instance.is_stopping()),
+                Err(_) => "deadline",
+            },
+            () = self.cancelled.cancelled() => "client",
+        };
+        let outcome = if in_flight.cancel(given_up) { Outcome::Unknown } else { Outcome::NotStarted };
+        if outcome == Outcome::Unknown {
+            // The slot stays taken until the server is done with the call, or has had time enough.
+            self.host.tasks.spawn(async move {
+                let _held = (slot, busy, known);
+                let _ = timeout(limits::CANCEL_GRACE, in_flight.answer()).await;
+            });
+        }
+        Err(match given_up {
+            "client" => cancelled(outcome),
+            _ => self.late(outcome),
+        }
+        .into())
+    }
+
+    /// The arguments with the user's secrets, and the guard that keeps these out of logs.
+    async fn arguments(
+        &self,
+        group: &Arc<Group>,
+    ) -> Result<(Zeroizing<Vec<u8>>, Option<Known>), WorkerError> {
+        let record = current(&self.entry.record);
+        let secrets = self
+            .host
+            .secrets
+            .for_call(&self.user, &record)
+            .await
+            .map_err(|error| error.outcome(Outcome::NotStarted))?;
+        if secrets.is_empty() {
+            return Ok((Zeroizing::new(self.request.arguments.as_bytes().to_vec()), None));
+        }
+        let merged = secrets::merge(&self.request.arguments, &secrets).map_err(|_| {
+            WorkerError::new(ErrorCode::InvalidRequest, "args must be a JSON object")
+                .outcome(Outcome::NotStarted)
+        })?;
+        let id = self.host.next_id();
+        group.log().redactor().remember(id, secrets.iter().map(|secret| &secret.value));
+        Ok((merged, Some(Known { group: Arc::clone(group), id })))
+    }
+
+    fn conclude(
+        &self,
+        answer: Result<RawJson, Failure>,
+        group: &Group,
+        stopping: bool,
+    ) -> Result<RawJson, Attempt> {
+        match answer {
+            Ok(result) if result.is_object() => Ok(result),
+            Ok(_) | Err(Failure::Malformed) => Err(self.malformed().into()),
+            Err(Failure::Rpc(error)) => {
+                let error = RpcError { message: group.log().redactor().clean(error.message), ..error };
+                Err(self.refused(&error).into())
+            }
+            Err(Failure::TooLarge) => {
+                let text = format!("The answer of server {} was too large", self.entry.name);
+                Err(WorkerError::new(ErrorCode::ResultTooLarge, text).outcome(Outcome::Completed).into())
+            }
+            Err(Failure::Closed { written: false }) => Err(Attempt::Again),
+            Err(Failure::Closed { written: true }) if stopping => {
+                let text = format!("Server {} was stopped while the call was in flight", self.entry.name);
+                Err(self
+                    .named(WorkerError::new(ErrorCode::ServerStopped, text))
+                    .outcome(Outcome::Unknown)
+                    .into())
+            }
+            Err(Failure::Closed { written: true }) => Err(self.crashed(Outcome::Unknown).into()),
+        }
+    }
+
+    /// What the server's own error means to the caller.
+    fn refused(&self, error: &RpcError) -> WorkerError {
+        let code = match error.code {
+            -32602 => ErrorCode::InvalidArguments,
+            -32601 => ErrorCode::ToolNotFound,
+            _ => ErrorCode::McpError,
+        };
+        let text = format!("MCP error {}: {}", error.code, error.message);
+        self.named(WorkerError::new(code, text)).with("mcpCode", error.code).outcome(Outcome::Completed)
+    }
+
+    fn late(&self, outcome: Outcome) -> WorkerError {
+        let text = format!("The call did not finish within {} ms", self.limit.as_millis());
+        self.named(WorkerError::new(ErrorCode::DeadlineExceeded, text)).outcome(outcome)
+    }
+
+    fn crashed(&self, outcome: Outcome) -> WorkerError {
+        let text = format!("Server {} ended while the call was in flight", self.entry.name);
+        self.named(WorkerError::new(ErrorCode::ServerCrashed, text)).outcome(outcome)
+    }
+
+    fn malformed(&self) -> WorkerError {
+        let text = format!("Server {} did not answer with a tool result", self.entry.name);
+        self.named(WorkerError::new(ErrorCode::ServerProtocolError, text)).outcome(Outcome::Completed)
+    }
+
+    fn named(&self, error: WorkerError) -> WorkerError {
+        error.with("serverName", self.entry.name.as_str())
+    }
+}
+
+/// How one attempt ended without a result.
+pub enum Attempt {
+    /// It was not started, and another process may take it.
+    Again,
+    /// It was not started, and the server's processes are just being replaced.
+    Replaced,
+    /// For the caller.
+    Failed(WorkerError),
+}
+
+impl From<WorkerError> for Attempt {
+    fn from(error: WorkerError) -> Self {
+        Self::Failed(error)
+    }
+}
+
+fn cancelled(outcome: Outcome) -> WorkerError {
+    WorkerError::new(ErrorCode::Cancelled, "The call was cancelled").outcome(outcome)
+}
+
+/// Counts a call in flight on an instance.
+struct Busy {
+    group: Arc<Group>,
+    instance: Arc<crate::instance::Instance>,
+}
+
+impl Busy {
+    fn new(group: &Arc<Group>, instance: &Arc<crate::instance::Instance>) -> Self {
+        instance.in_flight.fetch_add(1, Ordering::AcqRel);
+        Self { group: Arc::clone(group), instance: Arc::clone(instance) }
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.instance.in_flight.fetch_sub(1, Ordering::AcqRel);
+        self.group.call_ended();
+    }
+}
+
+/// Secrets that a call put into its arguments, for as long as their server may still speak of them.
+struct Known {
+    group: Arc<Group>,
+    id: u64,
+}
+
+impl Drop for Known {
+    fn drop(&mut self) {
+        self.group.log().redactor().forget(self.id);
+    }
+}

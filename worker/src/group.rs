@@ -1,0 +1,535 @@
+//! The processes that serve one server, or one user of it: started together, replaced when they die,
+//! shared by slots, stopped when idle or no longer wanted.
+
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak, atomic::Ordering},
+    time::Duration,
+};
+
+use deadpool::managed::{
+    Manager, Metrics, Object, Pool, PoolError, QueueMode, RecycleError, RecycleResult, Timeouts,
+};
+use mcp_shared::{
+    error::{ErrorCode, Outcome, WorkerError},
+    ids::{ServerName, UserId},
+    json::RawJson,
+    limits,
+    server::{ServerRecord, Transport},
+    timestamp::Timestamp,
+    worker_api::{InstanceReport, ServerStatus},
+};
+use tokio::{
+    sync::{Notify, watch},
+    time::{Instant, timeout, timeout_at},
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    host::Host,
+    instance::{Instance, Launch},
+    logs::Log,
+};
+
+/// The record of a server, as it is now. Changes that need no new process show up here.
+pub type CurrentRecord = RwLock<Arc<ServerRecord>>;
+
+/// Hears of listings. (The group knows whose they are.)
+pub type OnTools = Box<dyn Fn(&RawJson) + Send + Sync>;
+
+/// A set of like processes.
+pub struct Group {
+    /// Whose server this is; `None`: everybody's.
+    pub user: Option<UserId>,
+    server: ServerName,
+    record: Arc<CurrentRecord>,
+    host: Arc<Host>,
+    log: Arc<Log>,
+    pool: Pool<Slots>,
+    state: Mutex<State>,
+    /// Something happened that a waiting task may be waiting for.
+    changed: Notify,
+    /// No more starts; those under way are given up.
+    retired: CancellationToken,
+    on_tools: OnTools,
+}
+
+struct State {
+    instances: Vec<Arc<Instance>>,
+    /// A start or a stop is under way; the channel closes when it is over.
+    busy: Option<watch::Receiver<()>>,
+    /// Crashes and failed starts in a row.
+    failures: u32,
+    not_before: Instant,
+    trouble: Option<Trouble>,
+    /// Whether it should run although nobody calls.
+    wanted: bool,
+    last_used: Instant,
+    since: Timestamp,
+}
+
+#[derive(Clone)]
+struct Trouble {
+    text: String,
+    /// It never came up. (Otherwise it ran and died, so that waiting for it makes sense.)
+    at_start: bool,
+}
+
+/// Why a call got no slot.
+pub enum NoSlot {
+    /// This group ends; there may be a new one.
+    Retired,
+    /// For the caller.
+    Error(WorkerError),
+}
+
+/// The right to one call in flight on one instance.
+pub struct Slot {
+    /// Where the call goes.
+    pub instance: Arc<Instance>,
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.instance.slots.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// Makes slots for the pool.
+pub struct Slots(Weak<Group>);
+
+impl Manager for Slots {
+    type Type = Slot;
+    type Error = ();
+
+    async fn create(&self) -> Result<Slot, ()> {
+        self.0.upgrade().and_then(|group| group.new_slot()).ok_or(())
+    }
+
+    async fn recycle(&self, slot: &mut Slot, _: &Metrics) -> RecycleResult<()> {
+        if slot.instance.is_open() { Ok(()) } else { Err(RecycleError::Backend(())) }
+    }
+}
+
+impl Group {
+    /// A group that runs nothing yet.
+    pub fn new(
+        user: Option<UserId>,
+        record: Arc<CurrentRecord>,
+        host: Arc<Host>,
+        log: Arc<Log>,
+        on_tools: OnTools,
+    ) -> Arc<Self> {
+        let now = current(&record);
+        let slots = now.concurrency_limit().saturating_mul(now.instance_limit());
+        let group = Arc::new_cyclic(|group: &Weak<Self>| Self {
+            user,
+            server: now.name.clone(),
+            record,
+            host,
+            log,
+            pool: pool(Slots(group.clone()), slots),
+            state: Mutex::new(State {
+                instances: Vec::new(),
+                busy: None,
+                failures: 0,
+                not_before: Instant::now(),
+                trouble: None,
+                wanted: false,
+                last_used: Instant::now(),
+                since: Timestamp::now(),
+            }),
+            changed: Notify::new(),
+            retired: CancellationToken::new(),
+            on_tools,
+        });
+        group.host.tasks.spawn(watch_idle(Arc::downgrade(&group)));
+        group
+    }
+
+    /// A slot for one call, in its turn; starts the processes when none runs.
+    pub async fn slot(self: &Arc<Self>, deadline: Instant) -> Result<Object<Slots>, NoSlot> {
+        loop {
+            self.ensure_running(deadline, false).await?;
+            if self.pool.status().waiting >= limits::CALL_QUEUE {
+                let text = format!("Server {} has too many calls waiting", self.server);
+                return Err(not_started(
+                    WorkerError::new(ErrorCode::Overloaded, text).retry_after(Duration::from_secs(1)),
+                ));
+            }
+            let wait = deadline.saturating_duration_since(Instant::now());
+            match self.pool.timeout_get(&Timeouts { wait: Some(wait), create: None, recycle: None }).await {
+                Ok(slot) => {
+                    self.state().last_used = Instant::now();
+                    return Ok(slot);
+                }
+                Err(PoolError::Closed) => return Err(NoSlot::Retired),
+                Err(PoolError::Timeout(_)) => {
+                    let text = format!("Server {} had no free slot in time", self.server);
+                    return Err(not_started(WorkerError::new(ErrorCode::DeadlineExceeded, text)));
+                }
+                // One of several processes is gone and the others are full: wait for any change.
+                Err(_) => {
+                    let _ = timeout(Duration::from_millis(10), self.changed.notified()).await;
+                }
+            }
+        }
+    }
+
+    /// Waits until a process is connected. `force`: does not wait out the pause after a failure.
+    pub async fn ensure_running(self: &Arc<Self>, deadline: Instant, mut force: bool) -> Result<(), NoSlot> {
+        loop {
+            let busy = {
+                let mut state = self.state();
+                if self.retired.is_cancelled() {
+                    return Err(NoSlot::Retired);
+                }
+                if state.instances.iter().any(|instance| instance.is_open()) {
+                    return Ok(());
+                }
+                let now = Instant::now();
+                let pause =
+                    if force { Duration::ZERO } else { state.not_before.saturating_duration_since(now) };
+                match (&state.busy, &state.trouble) {
+                    (Some(busy), _) => Ok(busy.clone()),
+                    (None, Some(trouble))
+                        if !pause.is_zero() && (trouble.at_start || now + pause >= deadline) =>
+                    {
+                        return Err(not_started(self.unavailable(&trouble.text, pause)));
+                    }
+                    _ if !pause.is_zero() => Err(now + pause),
+                    _ => Ok(self.begin_start(&mut state, false)),
+                }
+            };
+            force = false;
+            let waited = match busy {
+                Ok(mut busy) => {
+                    timeout_at(deadline, async move { while busy.changed().await.is_ok() {} }).await
+                }
+                Err(pause_end) => timeout_at(deadline, tokio::time::sleep_until(pause_end)).await,
+            };
+            if waited.is_err() {
+                let text = format!("Server {} is starting", self.server);
+                return Err(not_started(
+                    WorkerError::new(ErrorCode::ServerStarting, text)
+                        .with("serverName", self.server.as_str())
+                        .retry_after(Duration::from_secs(2)),
+                ));
+            }
+        }
+    }
+
+    /// Sees to it that it runs, without waiting.
+    pub fn want_running(self: &Arc<Self>) {
+        let mut state = self.state();
+        state.wanted = true;
+        if state.busy.is_none() && state.instances.is_empty() && !self.retired.is_cancelled() {
+            self.begin_start(&mut state, true);
+        }
+    }
+
+    /// Ends it for good: calls in flight get a moment, waiting ones are sent elsewhere. Returns when
+    /// the last process is reaped.
+    pub async fn retire(&self) {
+        self.retired.cancel();
+        self.pool.close();
+        let drained = async {
+            while self.in_flight() > 0 {
+                self.changed.notified().await;
+            }
+        };
+        let _ = timeout(limits::STOP_DRAIN, drained).await;
+        let busy = self.state().busy.clone();
+        if let Some(mut busy) = busy {
+            while busy.changed().await.is_ok() {}
+        }
+        let instances = std::mem::take(&mut self.state().instances);
+        futures_util::future::join_all(instances.iter().map(|instance| instance.stop())).await;
+    }
+
+    /// To be called when a call ended.
+    pub fn call_ended(&self) {
+        self.state().last_used = Instant::now();
+        self.changed.notify_waiters();
+    }
+
+    /// The group's state and that of its processes.
+    pub fn report(&self) -> (ServerStatus, Vec<InstanceReport>) {
+        let state = self.state();
+        let mut reports: Vec<_> = state
+            .instances
+            .iter()
+            .map(|instance| InstanceReport {
+                worker_id: self.host.worker_id.clone(),
+                pid: Some(instance.pid),
+                username: self.user.clone(),
+                status: if instance.is_open() { ServerStatus::Connected } else { ServerStatus::Disconnected },
+                in_flight: instance.in_flight.load(Ordering::Acquire),
+                since: instance.since,
+                last_error: state.trouble.as_ref().map(|trouble| trouble.text.clone()),
+            })
+            .collect();
+        let status = match (&state.trouble, &state.busy) {
+            _ if reports.iter().any(|report| report.status == ServerStatus::Connected) => {
+                ServerStatus::Connected
+            }
+            // A server that failed is in error until it is up, however often it is tried.
+            (Some(_), _) => ServerStatus::Error,
+            (None, Some(_)) => ServerStatus::Connecting,
+            (None, None) => ServerStatus::Disconnected,
+        };
+        if reports.is_empty() && status != ServerStatus::Disconnected {
+            reports.push(InstanceReport {
+                worker_id: self.host.worker_id.clone(),
+                pid: None,
+                username: self.user.clone(),
+                status,
+                in_flight: 0,
+                since: state.since,
+                last_error: state.trouble.as_ref().map(|trouble| trouble.text.clone()),
+            });
+        }
+        (status, reports)
+    }
+
+    /// What blots out secrets in the words of this server.
+    pub fn log(&self) -> &Log {
+        &self.log
+    }
+
+    /// Begins a start; the returned channel closes when it is over.
+    fn begin_start(self: &Arc<Self>, state: &mut State, background: bool) -> watch::Receiver<()> {
+        let (done, busy) = watch::channel(());
+        state.busy = Some(busy.clone());
+        state.wanted = true;
+        state.since = Timestamp::now();
+        let group = Arc::clone(self);
+        self.host.tasks.spawn(async move {
+            // At boot hundreds may want to start at once; a caller who waits goes first.
+            let permit = if background { group.host.background_starts.acquire().await.ok() } else { None };
+            let started = tokio::select! {
+                () = group.retired.cancelled() => Vec::new(),
+                started = group.start_missing() => started,
+            };
+            drop(permit);
+            group.started(started);
+            drop(done);
+            group.changed.notify_waiters();
+        });
+        busy
+    }
+
+    /// Starts as many processes as are missing, side by side.
+    async fn start_missing(self: &Arc<Self>) -> Vec<Result<Arc<Instance>, String>> {
+        let record = current(&self.record);
+        let running = self.state().instances.iter().filter(|instance| instance.is_open()).count();
+        let missing = record.instance_limit().saturating_sub(running);
+        futures_util::future::join_all((0..missing).map(|_| self.start_one(&record))).await
+    }
+
+    async fn start_one(&self, record: &ServerRecord) -> Result<Arc<Instance>, String> {
+        let Transport::Stdio { command, args, env } = &record.transport else {
+            return Err("servers of this transport are not supported by this version".to_owned());
+        };
+        let secret_env = self.host.secret_env(self.user.as_ref(), record).await?;
+        // What the process knows for as long as it lives must not show up in its log.
+        self.log.redactor().remember(self.host.next_id(), secret_env.values.iter());
+        let launch = Launch { command, args, env: &env.0, secret_env: secret_env.variables };
+        let limit = record.startup_limit();
+        Instance::start(launch, limit, &self.log, &self.host.supervisor, &self.host.tasks).await.map_err(
+            |error| match secret_env.missing.as_slice() {
+                [] => error,
+                missing => {
+                    format!("{error} (secrets that are not set for this user: {})", missing.join(", "))
+                }
+            },
+        )
+    }
+
+    /// Takes in what a start brought.
+    fn started(self: &Arc<Self>, started: Vec<Result<Arc<Instance>, String>>) {
+        let mut state = self.state();
+        state.busy = None;
+        for one in started {
+            match one {
+                Ok(instance) => {
+                    if self.retired.is_cancelled() {
+                        self.host.tasks.spawn(async move { instance.stop().await });
+                        continue;
+                    }
+                    tracing::info!(server = %self.server, pid = instance.pid, "server connected");
+                    state.trouble = None;
+                    state.since = instance.since;
+                    (self.on_tools)(&instance.tools());
+                    self.host.tasks.spawn(watch_instance(Arc::clone(self), Arc::clone(&instance)));
+                    state.instances.push(instance);
+                }
+                Err(text) => self.fail(&mut state, Trouble { text, at_start: true }, None),
+            }
+        }
+    }
+
+    /// Takes in the end of a process.
+    fn instance_ended(self: &Arc<Self>, instance: &Arc<Instance>, exit: crate::supervisor::Exit) {
+        let mut state = self.state();
+        state.instances.retain(|one| !Arc::ptr_eq(one, instance));
+        if !instance.is_stopping() && !self.retired.is_cancelled() {
+            let text = format!("the process {exit}");
+            self.fail(&mut state, Trouble { text, at_start: false }, Some(instance.started.elapsed()));
+        }
+        drop(state);
+        self.changed.notify_waiters();
+    }
+
+    /// Notes a failure, and tries again after a pause that grows. A process that ran (`lived`) and died
+    /// is replaced at once the first time.
+    fn fail(self: &Arc<Self>, state: &mut State, trouble: Trouble, lived: Option<Duration>) {
+        self.log.note(&trouble.text);
+        tracing::warn!(server = %self.server, error = %trouble.text, "server failed");
+        if lived.is_some_and(|lived| lived >= limits::STABLE_AFTER) {
+            state.failures = 0;
+        }
+        state.failures += 1;
+        let doublings = state.failures.saturating_sub(if lived.is_some() { 2 } else { 1 }).min(16);
+        let pause = if lived.is_some() && state.failures == 1 {
+            Duration::ZERO
+        } else {
+            (limits::RESTART_BACKOFF * (1 << doublings)).min(limits::RESTART_BACKOFF_MAX)
+        };
+        state.not_before = Instant::now() + pause;
+        state.trouble = Some(trouble);
+        state.since = Timestamp::now();
+        // A user's own process is started by the user's next call.
+        if state.wanted && self.user.is_none() {
+            let group = Arc::clone(self);
+            let not_before = state.not_before;
+            self.host.tasks.spawn(async move {
+                tokio::select! {
+                    () = group.retired.cancelled() => {}
+                    () = group.host.stopping.cancelled() => {}
+                    () = tokio::time::sleep_until(not_before) => {
+                        let mut state = group.state();
+                        let short = state.instances.len() < current(&group.record).instance_limit();
+                        if short && state.wanted && state.busy.is_none() && state.not_before <= Instant::now() {
+                            group.begin_start(&mut state, true);
+                        }
+                    }
+                }
+            });
+        }
+    }
+
+    fn new_slot(&self) -> Option<Slot> {
+        let state = self.state();
+        let limit = current(&self.record).concurrency_limit();
+        let instance = state
+            .instances
+            .iter()
+            .filter(|instance| instance.is_open())
+            .min_by_key(|instance| instance.slots.load(Ordering::Acquire))
+            .filter(|instance| instance.slots.load(Ordering::Acquire) < limit)?;
+        instance.slots.fetch_add(1, Ordering::AcqRel);
+        Some(Slot { instance: Arc::clone(instance) })
+    }
+
+    fn in_flight(&self) -> usize {
+        self.state().instances.iter().map(|instance| instance.in_flight.load(Ordering::Acquire)).sum()
+    }
+
+    fn unavailable(&self, trouble: &str, pause: Duration) -> WorkerError {
+        let text = format!("Server {} is not available: {trouble}", self.server);
+        WorkerError::new(ErrorCode::ServerUnavailable, text)
+            .with("serverName", self.server.as_str())
+            .retry_after(pause)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The record as it is now.
+pub fn current(record: &CurrentRecord) -> Arc<ServerRecord> {
+    Arc::clone(&record.read().unwrap_or_else(PoisonError::into_inner))
+}
+
+fn not_started(error: WorkerError) -> NoSlot {
+    NoSlot::Error(error.outcome(Outcome::NotStarted))
+}
+
+/// Slots are taken in turn, so that several processes share the load.
+fn pool(manager: Slots, size: usize) -> Pool<Slots> {
+    let built = Pool::builder(manager)
+        .max_size(size)
+        .queue_mode(QueueMode::Fifo)
+        .runtime(deadpool::Runtime::Tokio1)
+        .build();
+    match built {
+        Ok(pool) => pool,
+        // Only time limits without a runtime are refused, and the runtime is given above.
+        Err(error) => unreachable!("{error}"),
+    }
+}
+
+/// Watches one process: replaces it when it dies, lists its tools again when they change.
+async fn watch_instance(group: Arc<Group>, instance: Arc<Instance>) {
+    loop {
+        tokio::select! {
+            exit = instance.ended() => {
+                group.instance_ended(&instance, exit);
+                return;
+            }
+            () = instance.connection.tools_changed() => {
+                let limit = current(&group.record).startup_limit();
+                match timeout(limit, crate::mcp::list_tools(&instance.connection)).await {
+                    Ok(Ok(tools)) => {
+                        instance.set_tools(tools);
+                        (group.on_tools)(&instance.tools());
+                    }
+                    Ok(Err(refusal)) => group.log.note(&format!("its tools changed, but {refusal}")),
+                    Err(_) => group.log.note("its tools changed, but it did not list them in time"),
+                }
+            }
+        }
+    }
+}
+
+/// Stops the processes when nobody called for as long as the record says.
+async fn watch_idle(group: Weak<Group>) {
+    loop {
+        let (pause, retired, stopping) = {
+            let Some(group) = group.upgrade() else { return };
+            let limit = current(&group.record).idle_limit();
+            let mut state = group.state();
+            let idle = state.last_used.elapsed();
+            let busy = state.busy.is_some()
+                || state.instances.iter().any(|instance| instance.in_flight.load(Ordering::Acquire) > 0);
+            let pause = match limit {
+                Some(limit) if idle >= limit && !busy && !state.instances.is_empty() => {
+                    // New calls wait for the end of this, and then start a process again.
+                    let (done, receiver) = watch::channel(());
+                    state.busy = Some(receiver);
+                    state.wanted = false;
+                    let instances = std::mem::take(&mut state.instances);
+                    tracing::info!(server = %group.server, "stopping an idle server");
+                    let stopped = Arc::clone(&group);
+                    group.host.tasks.spawn(async move {
+                        futures_util::future::join_all(instances.iter().map(|one| one.stop())).await;
+                        stopped.state().busy = None;
+                        drop(done);
+                    });
+                    limit
+                }
+                Some(limit) => limit.saturating_sub(idle).max(Duration::from_millis(20)),
+                // The record may get a limit later.
+                None => Duration::from_secs(5),
+            };
+            drop(state);
+            (pause.min(Duration::from_secs(5)), group.retired.clone(), group.host.stopping.clone())
+        };
+        tokio::select! {
+            () = retired.cancelled() => return,
+            () = stopping.cancelled() => return,
+            () = tokio::time::sleep(pause) => {}
+        }
+    }
+}

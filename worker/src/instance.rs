@@ -1,0 +1,273 @@
+//! One running process of a server: started, negotiated with, listed, watched and stopped.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use mcp_shared::{error::shorten, json::RawJson, limits, timestamp::Timestamp};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt},
+    sync::watch,
+    time::{Instant, timeout},
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use zeroize::Zeroizing;
+
+use crate::{
+    logs::Log,
+    mcp,
+    supervisor::{Child, Exit, SpawnSpec, Supervisor},
+    transport::stdio::Connection,
+};
+
+/// Variables of ours that a child gets. Everything else of our environment, above all our own secrets,
+/// stays here; what a server needs beyond these stands in its record.
+const INHERITED: &[&str] = &[
+    "HOME",
+    "LANG",
+    "LC_ALL",
+    "LC_CTYPE",
+    "LOGNAME",
+    "PATH",
+    "SHELL",
+    "SSL_CERT_DIR",
+    "SSL_CERT_FILE",
+    "TERM",
+    "TMPDIR",
+    "TZ",
+    "USER",
+];
+
+/// How long the output of an ended process may still be read.
+const LAST_OUTPUT: Duration = Duration::from_secs(1);
+
+/// A process that answered `initialize` and `tools/list`.
+pub struct Instance {
+    /// Its connection.
+    pub connection: Connection,
+    /// Its process id.
+    pub pid: u32,
+    /// Since when it is connected.
+    pub since: Timestamp,
+    /// The same moment on the monotonic clock.
+    pub started: Instant,
+    /// Calls in flight.
+    pub in_flight: AtomicUsize,
+    /// Slots of the pool that lead here.
+    pub slots: AtomicUsize,
+    tools: Mutex<RawJson>,
+    stopping: AtomicBool,
+    stop: CancellationToken,
+    ended: watch::Receiver<Option<Exit>>,
+}
+
+/// What starts a process.
+pub struct Launch<'a> {
+    /// The program.
+    pub command: &'a str,
+    /// Its arguments.
+    pub args: &'a [String],
+    /// The record's variables, in clear.
+    pub env: &'a BTreeMap<String, String>,
+    /// Variables made of a user's secrets; they win over the record's.
+    pub secret_env: Vec<(String, Zeroizing<String>)>,
+}
+
+impl Launch<'_> {
+    fn spec(self) -> SpawnSpec {
+        let mut env: BTreeMap<String, Zeroizing<String>> = INHERITED
+            .iter()
+            .filter_map(|name| Some(((*name).to_owned(), Zeroizing::new(std::env::var(name).ok()?))))
+            .collect();
+        env.extend(self.env.iter().map(|(name, value)| (name.clone(), Zeroizing::new(value.clone()))));
+        env.extend(self.secret_env);
+        SpawnSpec {
+            program: self.command.to_owned(),
+            args: self.args.to_vec(),
+            env: env.into_iter().collect(),
+        }
+    }
+}
+
+impl Instance {
+    /// Starts a process and waits until it listed its tools, at most for `limit`. The error is a
+    /// sentence for people; the process is gone then.
+    pub async fn start(
+        launch: Launch<'_>,
+        limit: Duration,
+        log: &Arc<Log>,
+        supervisor: &Supervisor,
+        tasks: &TaskTracker,
+    ) -> Result<Arc<Self>, String> {
+        let deadline = Instant::now() + limit;
+        let (child, streams) = tokio::time::timeout_at(deadline, supervisor.spawn(launch.spec()))
+            .await
+            .map_err(|_| "the process was not started in time".to_owned())??;
+        let pid = child.pid;
+        let connection = Connection::open(streams.stdin, streams.stdout, Arc::clone(log), tasks);
+        let stderr = tasks.spawn(keep_stderr(streams.stderr, Arc::clone(log)));
+        let stop = CancellationToken::new();
+        let (ended_sender, ended) = watch::channel(None);
+        // From here on the guard ends the process if this start is given up.
+        let guard = stop.clone().drop_guard();
+        tasks.spawn(watch_over(child, connection.clone(), stop.clone(), ended_sender));
+
+        let greet = async {
+            mcp::negotiate(&connection).await?;
+            mcp::list_tools(&connection).await
+        };
+        let tools = match tokio::time::timeout_at(deadline, greet).await {
+            Ok(Ok(tools)) => tools,
+            Ok(Err(refusal)) => {
+                // A process that ended explains more than the connection it closed.
+                let mut ended = ended.clone();
+                let exit =
+                    if connection.is_open() { None } else { wait_for_end(&mut ended, LAST_OUTPUT * 2).await };
+                let _ = timeout(LAST_OUTPUT, stderr).await;
+                return Err(match exit {
+                    Some(exit) => explain_exit(exit, log),
+                    None => format!("the server was started, but {refusal}"),
+                });
+            }
+            Err(_) => {
+                return Err(format!("the server did not list its tools within {} ms", limit.as_millis()));
+            }
+        };
+        drop(guard.disarm());
+        Ok(Arc::new(Self {
+            connection,
+            pid,
+            since: Timestamp::now(),
+            started: Instant::now(),
+            in_flight: AtomicUsize::new(0),
+            slots: AtomicUsize::new(0),
+            tools: Mutex::new(tools),
+            stopping: AtomicBool::new(false),
+            stop,
+            ended,
+        }))
+    }
+
+    /// The tools as last listed.
+    pub fn tools(&self) -> RawJson {
+        self.tools.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Keeps a newer listing.
+    pub fn set_tools(&self, tools: RawJson) {
+        *self.tools.lock().unwrap_or_else(PoisonError::into_inner) = tools;
+    }
+
+    /// Whether calls can begin on it.
+    pub fn is_open(&self) -> bool {
+        self.connection.is_open()
+    }
+
+    /// Whether we are the ones who end it.
+    pub fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Acquire)
+    }
+
+    /// Waits for its end.
+    pub async fn ended(&self) -> Exit {
+        let mut ended = self.ended.clone();
+        match ended.wait_for(Option::is_some).await {
+            Ok(exit) => exit.unwrap_or(Exit::Lost),
+            Err(_) => Exit::Lost,
+        }
+    }
+
+    /// Ends it: closes its input, then SIGTERM, then SIGKILL to its group, and waits until it is reaped.
+    pub async fn stop(&self) {
+        self.stopping.store(true, Ordering::Release);
+        self.stop.cancel();
+        self.ended().await;
+    }
+}
+
+async fn wait_for_end(ended: &mut watch::Receiver<Option<Exit>>, limit: Duration) -> Option<Exit> {
+    match timeout(limit, ended.wait_for(Option::is_some)).await {
+        Ok(Ok(exit)) => *exit,
+        _ => None,
+    }
+}
+
+fn explain_exit(exit: Exit, log: &Log) -> String {
+    let mut text = format!("the process {exit} before it was ready");
+    // Its own last words are usually the reason.
+    if let Some(line) =
+        log.lines().iter().rev().find(|line| !line.trim().is_empty() && !line.starts_with("[mcp-api]"))
+    {
+        text.push_str(": ");
+        text.push_str(&shorten(line.trim(), 300));
+    }
+    text
+}
+
+/// Waits for the end of a process, or brings it about, and then tells everybody.
+async fn watch_over(
+    mut child: Child,
+    connection: Connection,
+    stop: CancellationToken,
+    ended: watch::Sender<Option<Exit>>,
+) {
+    let exit = tokio::select! {
+        exit = child.exited() => {
+            // Answers that it wrote before it ended still count.
+            let _ = timeout(LAST_OUTPUT, connection.output_ended()).await;
+            exit
+        }
+        () = connection.output_ended() => {
+            // A server that closed its output can answer nothing more.
+            match timeout(LAST_OUTPUT, child.exited()).await {
+                Ok(exit) => exit,
+                Err(_) => { child.kill(); child.exited().await }
+            }
+        }
+        () = stop.cancelled() => {
+            connection.close_input();
+            match timeout(limits::STOP_EOF, child.exited()).await {
+                Ok(exit) => exit,
+                Err(_) => {
+                    child.terminate();
+                    match timeout(limits::STOP_TERM, child.exited()).await {
+                        Ok(exit) => exit,
+                        Err(_) => { child.kill(); child.exited().await }
+                    }
+                }
+            }
+        }
+    };
+    connection.close();
+    ended.send_replace(Some(exit));
+}
+
+/// Reads standard error to its end, whatever comes: a child must never block on it.
+async fn keep_stderr(mut stderr: impl AsyncRead + Unpin, log: Arc<Log>) {
+    let mut chunk = vec![0; 8 * 1024];
+    let mut line = Vec::new();
+    while let Ok(count @ 1..) = stderr.read(&mut chunk).await {
+        for part in chunk[..count].split_inclusive(|byte| *byte == b'\n') {
+            // The log cuts lines; what is beyond the cut is not collected either.
+            let room = (2 * limits::LOG_LINE_BYTES).saturating_sub(line.len());
+            line.extend_from_slice(&part[..part.len().min(room)]);
+            if part.ends_with(b"\n") {
+                push_line(&mut line, &log);
+            }
+        }
+    }
+    push_line(&mut line, &log);
+}
+
+fn push_line(line: &mut Vec<u8>, log: &Log) {
+    let text = line.trim_ascii_end();
+    if !text.is_empty() {
+        log.push(text);
+    }
+    line.clear();
+}

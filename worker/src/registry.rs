@@ -1,0 +1,248 @@
+//! The servers that this worker knows: each one's record as stored, and the groups that run it.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak},
+};
+
+use mcp_shared::{
+    error::{ErrorCode, Outcome, WorkerError},
+    ids::{SecretName, ServerName, UserId},
+    json::RawJson,
+    limits,
+    server::{Isolation, ServerRecord},
+    store::StoredTools,
+    worker_api::{ServerReport, ServerStatus},
+};
+
+use crate::{
+    group::{CurrentRecord, Group, current},
+    host::Host,
+    logs::Log,
+};
+
+/// One server.
+pub struct Entry {
+    /// Its name.
+    pub name: ServerName,
+    /// Its record, replaced when it changes.
+    pub record: Arc<CurrentRecord>,
+    groups: Mutex<Groups>,
+    /// What everybody sees as its tools.
+    tools: Mutex<Option<RawJson>>,
+    log: Arc<Log>,
+    /// Held while processes are replaced. Calls that find a retired group wait for it.
+    changing: tokio::sync::Mutex<()>,
+}
+
+#[derive(Default)]
+struct Groups {
+    removed: bool,
+    shared: Option<Arc<Group>>,
+    users: HashMap<UserId, Arc<Group>>,
+}
+
+impl Entry {
+    /// A server that does not run yet. `tools`: what it listed the last time.
+    pub fn new(record: ServerRecord, tools: Option<RawJson>) -> Arc<Self> {
+        Arc::new(Self {
+            name: record.name.clone(),
+            record: Arc::new(RwLock::new(Arc::new(record))),
+            groups: Mutex::default(),
+            tools: Mutex::new(tools),
+            log: Arc::default(),
+            changing: tokio::sync::Mutex::new(()),
+        })
+    }
+
+    /// The processes that serve a user. They need not run yet.
+    pub fn group(self: &Arc<Self>, user: &UserId, host: &Arc<Host>) -> Result<Arc<Group>, WorkerError> {
+        let record = current(&self.record);
+        self.check_enabled(&record)?;
+        let mut groups = self.groups();
+        if groups.removed {
+            return Err(WorkerError::server_not_found(&self.name).outcome(Outcome::NotStarted));
+        }
+        match record.isolation {
+            Isolation::Shared => {
+                Ok(Arc::clone(groups.shared.get_or_insert_with(|| self.new_group(None, host))))
+            }
+            Isolation::PerUser => {
+                if let Some(group) = groups.users.get(user) {
+                    return Ok(Arc::clone(group));
+                }
+                if groups.users.len() >= limits::PER_USER_PROCESSES {
+                    // Users whose process sleeps make room.
+                    groups.users.retain(|_, group| group.report().0 != ServerStatus::Disconnected);
+                }
+                if groups.users.len() >= limits::PER_USER_PROCESSES {
+                    let text = format!("Server {} runs for as many users as it may", self.name);
+                    return Err(WorkerError::new(ErrorCode::Overloaded, text)
+                        .outcome(Outcome::NotStarted)
+                        .retry_after(std::time::Duration::from_secs(10)));
+                }
+                let group = self.new_group(Some(user.clone()), host);
+                groups.users.insert(user.clone(), Arc::clone(&group));
+                Ok(group)
+            }
+        }
+    }
+
+    /// Refuses what a disabled server cannot do.
+    pub fn check_enabled(&self, record: &ServerRecord) -> Result<(), WorkerError> {
+        if record.enabled {
+            return Ok(());
+        }
+        let text = format!("Server {} is disabled", self.name);
+        Err(WorkerError::new(ErrorCode::ServerDisabled, text)
+            .with("serverName", self.name.as_str())
+            .outcome(Outcome::NotStarted))
+    }
+
+    /// Starts what runs whether or not somebody calls: a shared server that is enabled.
+    pub fn want_running(self: &Arc<Self>, host: &Arc<Host>) {
+        let record = current(&self.record);
+        if record.enabled
+            && record.isolation == Isolation::Shared
+            && let Ok(group) = self.group(&UserId::default(), host)
+        {
+            group.want_running();
+        }
+    }
+
+    /// Waits until a change of processes that is under way is over.
+    pub async fn settled(&self) {
+        drop(self.changing.lock().await);
+    }
+
+    /// Brings the server in line with what is stored now. Returns when no process of the old kind is
+    /// left. Changes that come together are applied one after the other, each as found in the store, so
+    /// that the newest stands at the end.
+    pub async fn refresh(self: &Arc<Self>, host: &Arc<Host>) -> Result<(), WorkerError> {
+        let _changing = self.changing.lock().await;
+        let stored = host.vault.server(&self.name).await?.map(|stored| stored.value);
+        let old = current(&self.record);
+        let keep = match &stored {
+            None => {
+                self.groups().removed = true;
+                false
+            }
+            Some(new) => new.enabled && !old.needs_restart(new),
+        };
+        if let Some(new) = stored {
+            *self.record.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(new);
+        }
+        if !keep {
+            self.retire(|_| true).await;
+        }
+        self.want_running(host);
+        Ok(())
+    }
+
+    /// Whether the server is gone from the store.
+    pub fn is_removed(&self) -> bool {
+        self.groups().removed
+    }
+
+    /// Takes in that a user's secret has changed: a process that has it in its environment goes.
+    pub async fn secret_changed(self: &Arc<Self>, user: &UserId, name: &SecretName) {
+        let record = current(&self.record);
+        if record.isolation == Isolation::PerUser && record.secret_env.values().any(|secret| secret == name) {
+            let _changing = self.changing.lock().await;
+            self.retire(|group| group.user.as_ref() == Some(user)).await;
+        }
+    }
+
+    /// Ends all processes, to be started again by whoever wants them.
+    pub async fn stop_all(&self) {
+        let _changing = self.changing.lock().await;
+        self.retire(|_| true).await;
+    }
+
+    /// What is known about it.
+    pub fn report(&self) -> ServerReport {
+        let groups = self.groups();
+        let mut status = ServerStatus::Disconnected;
+        let mut instances = Vec::new();
+        for group in groups.shared.iter().chain(groups.users.values()) {
+            let (one, reports) = group.report();
+            if instances.is_empty() && status == ServerStatus::Disconnected || one > status {
+                status = one;
+            }
+            instances.extend(reports);
+        }
+        ServerReport {
+            name: self.name.clone(),
+            status,
+            tools: lock(&self.tools).clone(),
+            logs: self.log.lines(),
+            instances,
+        }
+    }
+
+    /// Retires the groups that match. They stay in their place until their processes are gone, so that
+    /// nobody starts another beside one that may run only once.
+    async fn retire(&self, matches: impl Fn(&Group) -> bool) {
+        let retiring: Vec<_> = {
+            let groups = self.groups();
+            groups
+                .shared
+                .iter()
+                .chain(groups.users.values())
+                .filter(|group| matches(group))
+                .cloned()
+                .collect()
+        };
+        futures_util::future::join_all(retiring.iter().map(|group| group.retire())).await;
+        let mut groups = self.groups();
+        groups.shared = groups.shared.take().filter(|group| !matches(group));
+        groups.users.retain(|_, group| !matches(group));
+    }
+
+    fn new_group(self: &Arc<Self>, user: Option<UserId>, host: &Arc<Host>) -> Arc<Group> {
+        let entry = Arc::downgrade(self);
+        let on_tools = {
+            let (user, host) = (user.clone(), Arc::downgrade(host));
+            Box::new(move |tools: &RawJson| {
+                if let (Some(entry), Some(host)) = (Weak::upgrade(&entry), Weak::upgrade(&host)) {
+                    entry.listed(user.as_ref(), tools, &host);
+                }
+            })
+        };
+        Group::new(user, Arc::clone(&self.record), Arc::clone(host), Arc::clone(&self.log), on_tools)
+    }
+
+    /// Keeps a listing, so that it can be shown when nothing runs. What everybody sees is the listing
+    /// of the shared server, or of the first user's process.
+    fn listed(&self, user: Option<&UserId>, tools: &RawJson, host: &Arc<Host>) {
+        let mut keep = Vec::new();
+        {
+            let mut shared = lock(&self.tools);
+            if (user.is_none() || shared.is_none()) && shared.as_ref() != Some(tools) {
+                *shared = Some(tools.clone());
+                keep.push(None);
+            }
+        }
+        if let Some(user) = user {
+            keep.push(Some(user.clone()));
+        }
+        let (vault, server, tools) = (host.vault.clone(), self.name.clone(), tools.clone());
+        host.tasks.spawn(async move {
+            for user in keep {
+                let Ok(text) = std::str::from_utf8(tools.as_bytes()) else { return };
+                let stored = StoredTools { server: server.clone(), user, tools: text.to_owned() };
+                if let Err(error) = vault.put_tools(&stored).await {
+                    tracing::warn!(server = %server, error.cause = %error, "the listed tools were not stored");
+                }
+            }
+        });
+    }
+
+    fn groups(&self) -> MutexGuard<'_, Groups> {
+        lock(&self.groups)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

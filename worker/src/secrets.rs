@@ -1,0 +1,216 @@
+//! Secrets on their way into a call: cached while encrypted, decrypted for one call, merged into its
+//! arguments.
+
+use std::{
+    borrow::Cow,
+    hash::{DefaultHasher, Hash, Hasher},
+    num::NonZeroUsize,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use lru::LruCache;
+use mcp_shared::{
+    error::WorkerError,
+    ids::{SecretName, ServerName, UserId},
+    json::RawJson,
+    limits,
+    server::ServerRecord,
+    store::SealedSecret,
+    vault::{Vault, VaultError},
+};
+use secrecy::{ExposeSecret, SecretString};
+use serde::{Deserializer, de};
+use serde_json::value::RawValue;
+use zeroize::Zeroizing;
+
+use crate::transport::push_string;
+
+/// Generations are counted for groups of users, so that a write for one does not keep the secrets of
+/// all others out of the cache.
+const GENERATIONS: usize = 256;
+
+/// Users' secrets as stored, by user and server.
+pub struct SecretCache {
+    vault: Vault,
+    entries: Mutex<LruCache<(UserId, ServerName), Arc<[SealedSecret]>>>,
+    generations: [AtomicU64; GENERATIONS],
+}
+
+/// A decrypted secret of one call.
+pub struct OpenSecret {
+    /// The name of the argument.
+    pub name: SecretName,
+    /// Its value.
+    pub value: SecretString,
+}
+
+impl SecretCache {
+    /// An empty cache in front of the store.
+    pub fn new(vault: Vault) -> Self {
+        let size = NonZeroUsize::new(limits::SECRET_CACHE).unwrap_or(NonZeroUsize::MIN);
+        Self {
+            vault,
+            entries: Mutex::new(LruCache::new(size)),
+            generations: std::array::from_fn(|_| AtomicU64::new(0)),
+        }
+    }
+
+    /// The secrets that go into the arguments of a call: those that the record names, or all that the
+    /// user stored for the server; never those that the user's process has in its environment already.
+    pub async fn for_call(
+        &self,
+        user: &UserId,
+        record: &ServerRecord,
+    ) -> Result<Vec<OpenSecret>, WorkerError> {
+        let sealed = self.sealed(user, &record.name).await?;
+        let named = record.secret_names.as_deref().filter(|names| !names.is_empty());
+        sealed
+            .iter()
+            .filter(|secret| match named {
+                Some(names) => names.contains(&secret.secret_name),
+                None => !record.secret_env.values().any(|name| *name == secret.secret_name),
+            })
+            .map(|secret| {
+                let value = self.vault.open_secret(secret).map_err(|error| {
+                    let error = VaultError::Integrity { what: format!("secret {}", secret.key), error };
+                    WorkerError::from(error).with("secretName", secret.secret_name.as_str())
+                })?;
+                Ok(OpenSecret { name: secret.secret_name.clone(), value })
+            })
+            .collect()
+    }
+
+    /// Forgets a user's secrets for a server. What was being read meanwhile is not kept.
+    pub fn forget(&self, user: &UserId, server: &ServerName) {
+        self.generation(user).fetch_add(1, Ordering::AcqRel);
+        self.entries().pop(&(user.clone(), server.clone()));
+    }
+
+    /// Forgets every user's secrets for a server.
+    pub fn forget_server(&self, server: &ServerName) {
+        for generation in &self.generations {
+            generation.fetch_add(1, Ordering::AcqRel);
+        }
+        let mut entries = self.entries();
+        let keys: Vec<_> =
+            entries.iter().map(|(key, _)| key).filter(|key| key.1 == *server).cloned().collect();
+        for key in keys {
+            entries.pop(&key);
+        }
+    }
+
+    async fn sealed(&self, user: &UserId, server: &ServerName) -> Result<Arc<[SealedSecret]>, WorkerError> {
+        let key = (user.clone(), server.clone());
+        if let Some(found) = self.entries().get(&key) {
+            return Ok(Arc::clone(found));
+        }
+        let generation = self.generation(user);
+        let before = generation.load(Ordering::Acquire);
+        let sealed: Arc<[SealedSecret]> = self.vault.sealed_secrets(user, server).await?.into();
+        let mut entries = self.entries();
+        // A secret that changed after it was read must be read again by the next call.
+        if generation.load(Ordering::Acquire) == before {
+            entries.put(key, Arc::clone(&sealed));
+        }
+        Ok(sealed)
+    }
+
+    fn generation(&self, user: &UserId) -> &AtomicU64 {
+        let mut hasher = DefaultHasher::new();
+        user.hash(&mut hasher);
+        let index = usize::try_from(hasher.finish() % GENERATIONS as u64).unwrap_or(0);
+        &self.generations[index]
+    }
+
+    fn entries(&self) -> MutexGuard<'_, LruCache<(UserId, ServerName), Arc<[SealedSecret]>>> {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The arguments with the secrets in them, which win over arguments of the same name. Everything else
+/// stays byte for byte, in its order; only the object's own members are looked at.
+pub fn merge(arguments: &RawJson, secrets: &[OpenSecret]) -> Result<Zeroizing<Vec<u8>>, serde_json::Error> {
+    let members = members(arguments)?;
+    let extra: usize = secrets.iter().map(|secret| secret.value.expose_secret().len() * 2 + 300).sum();
+    // Large enough from the start: growing would leave copies of secrets behind.
+    let mut out = Zeroizing::new(Vec::with_capacity(arguments.as_bytes().len() + extra));
+    out.push(b'{');
+    for (name, value) in &members {
+        if secrets.iter().any(|secret| secret.name.as_str() == name.as_ref()) {
+            continue;
+        }
+        push_key(&mut out, name);
+        out.extend_from_slice(value.get().as_bytes());
+    }
+    for secret in secrets {
+        push_key(&mut out, secret.name.as_str());
+        push_string(&mut out, secret.value.expose_secret());
+    }
+    out.push(b'}');
+    Ok(out)
+}
+
+fn push_key(out: &mut Vec<u8>, name: &str) {
+    if out.len() > 1 {
+        out.push(b',');
+    }
+    push_string(out, name);
+    out.push(b':');
+}
+
+/// An object's members in their order, values unread.
+fn members(object: &RawJson) -> Result<Vec<(Cow<'_, str>, &RawValue)>, serde_json::Error> {
+    struct Members;
+
+    impl<'de> de::Visitor<'de> for Members {
+        type Value = Vec<(Cow<'de, str>, &'de RawValue)>;
+
+        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("an object")
+        }
+
+        fn visit_map<A: de::MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+            #[derive(serde::Deserialize)]
+            struct Key<'a>(#[serde(borrow)] Cow<'a, str>);
+
+            let mut members = Vec::new();
+            while let Some((Key(name), value)) = map.next_entry()? {
+                members.push((name, value));
+            }
+            Ok(members)
+        }
+    }
+
+    let mut reader = serde_json::Deserializer::from_slice(object.as_bytes());
+    let members = reader.deserialize_map(Members)?;
+    reader.end()?;
+    Ok(members)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn secret(name: &str, value: &str) -> OpenSecret {
+        OpenSecret { name: SecretName::parse(name).unwrap(), value: value.into() }
+    }
+
+    fn merged(arguments: &str, secrets: &[OpenSecret]) -> String {
+        let arguments = RawJson::parse(arguments.to_owned()).unwrap();
+        String::from_utf8(merge(&arguments, secrets).unwrap().to_vec()).unwrap()
+    }
+
+    #[test]
+    fn secrets_win_and_the_rest_keeps_its_spelling() {
+        let secrets = [secret("API_KEY", "a\"b\n"), secret("B", "2")];
+        assert_eq!(
+            merged(r#"{"q":1.0e2, "API_KEY":"mine", "s":"\u00e4","n":{"API_KEY":1}}"#, &secrets),
+            r#"{"q":1.0e2,"s":"\u00e4","n":{"API_KEY":1},"API_KEY":"a\"b\n","B":"2"}"#
+        );
+        assert_eq!(merged("{}", &secrets[1..]), r#"{"B":"2"}"#);
+        assert_eq!(merged(r#"{"\u0042":"mine"}"#, &secrets[1..]), r#"{"B":"2"}"#);
+    }
+}

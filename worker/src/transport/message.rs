@@ -1,0 +1,185 @@
+//! JSON-RPC envelopes. Only the envelope is read; results, parameters and errors stay raw.
+
+use std::borrow::Cow;
+
+use bytes::Bytes;
+use mcp_shared::{error::shorten, json::RawJson};
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
+/// An error that a server answered with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RpcError {
+    /// JSON-RPC's code.
+    pub code: i64,
+    /// The server's words, on one line and shortened.
+    pub message: String,
+}
+
+/// What one line says.
+pub(super) enum Message {
+    /// An answer to the request `id`. A body that is neither a result nor an error is `None`.
+    Response { id: u64, body: Option<Result<RawJson, RpcError>> },
+    /// Something the server tells.
+    Notification { method: String, params: Option<RawJson> },
+    /// Something the server asks, with its id as it spelled it.
+    Request { id: RawJson, method: String },
+    /// Not JSON-RPC, or an answer to an id that we never use.
+    Garbage,
+}
+
+#[derive(Deserialize)]
+struct Envelope<'a> {
+    #[serde(borrow)]
+    id: Option<&'a RawValue>,
+    #[serde(borrow)]
+    method: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    params: Option<&'a RawValue>,
+    #[serde(borrow)]
+    result: Option<&'a RawValue>,
+    #[serde(borrow)]
+    error: Option<&'a RawValue>,
+}
+
+#[derive(Deserialize)]
+struct ErrorBody<'a> {
+    code: i64,
+    #[serde(borrow, default)]
+    message: Cow<'a, str>,
+}
+
+impl Message {
+    /// Reads one line. Nothing is copied out of it but methods and error texts.
+    pub(super) fn parse(line: &Bytes) -> Self {
+        let Ok(envelope) = serde_json::from_slice::<Envelope<'_>>(line) else { return Message::Garbage };
+        let raw = |value: &RawValue| RawJson::slice_of(line, value);
+        match (envelope.method, envelope.id) {
+            (Some(method), Some(id)) => Message::Request { id: raw(id), method: method.into_owned() },
+            (Some(method), None) => {
+                Message::Notification { method: method.into_owned(), params: envelope.params.map(raw) }
+            }
+            (None, Some(id)) => {
+                let Ok(id) = id.get().parse() else { return Message::Garbage };
+                let body = match (envelope.result, envelope.error) {
+                    (Some(result), None) => Some(Ok(raw(result))),
+                    (_, Some(error)) => serde_json::from_str::<ErrorBody<'_>>(error.get()).ok().map(|body| {
+                        Err(RpcError { code: body.code, message: shorten(&body.message, 1_000) })
+                    }),
+                    (None, None) => None,
+                };
+                Message::Response { id, body }
+            }
+            (None, None) => Message::Garbage,
+        }
+    }
+}
+
+/// A request as one line.
+pub(super) fn request(id: u64, method: &str, params: &str) -> Vec<u8> {
+    format!("{{\"jsonrpc\":\"2.0\",\"id\":{id},\"method\":\"{method}\",\"params\":{params}}}\n").into_bytes()
+}
+
+/// A notification as one line.
+pub(super) fn notification(method: &str, params: Option<&str>) -> Vec<u8> {
+    match params {
+        Some(params) => {
+            format!("{{\"jsonrpc\":\"2.0\",\"method\":\"{method}\",\"params\":{params}}}\n").into_bytes()
+        }
+        None => format!("{{\"jsonrpc\":\"2.0\",\"method\":\"{method}\"}}\n").into_bytes(),
+    }
+}
+
+/// The answer to a request of the server: `{}` to `ping`, otherwise that there is no such method.
+pub(super) fn answer(id: &RawJson, method: &str) -> Vec<u8> {
+    let body = if method == "ping" {
+        "\"result\":{}"
+    } else {
+        "\"error\":{\"code\":-32601,\"message\":\"Method not found\"}"
+    };
+    let mut line = b"{\"jsonrpc\":\"2.0\",\"id\":".to_vec();
+    line.extend_from_slice(id.as_bytes());
+    line.push(b',');
+    line.extend_from_slice(body.as_bytes());
+    line.extend_from_slice(b"}\n");
+    line
+}
+
+/// A `tools/call` as one line. `arguments` is a JSON object; `meta` holds further members of `_meta`.
+pub(super) fn tool_call(id: u64, tool: &str, arguments: &[u8], meta: &str, progress: bool) -> Vec<u8> {
+    let mut line = Vec::with_capacity(arguments.len() + tool.len() + meta.len() + 128);
+    line.extend_from_slice(b"{\"jsonrpc\":\"2.0\",\"id\":");
+    line.extend_from_slice(id.to_string().as_bytes());
+    line.extend_from_slice(b",\"method\":\"tools/call\",\"params\":{\"name\":");
+    push_string(&mut line, tool);
+    line.extend_from_slice(b",\"arguments\":");
+    let start = line.len();
+    line.extend_from_slice(arguments);
+    // A line must stay one line. Between the tokens of JSON a line break is white space like any other,
+    // and inside a string it cannot stand.
+    if memchr::memchr2(b'\n', b'\r', arguments).is_some() {
+        for byte in &mut line[start..] {
+            if matches!(byte, b'\n' | b'\r') {
+                *byte = b' ';
+            }
+        }
+    }
+    if progress || !meta.is_empty() {
+        line.extend_from_slice(b",\"_meta\":{");
+        line.extend_from_slice(meta.as_bytes());
+        if progress {
+            if !meta.is_empty() {
+                line.push(b',');
+            }
+            line.extend_from_slice(b"\"progressToken\":");
+            line.extend_from_slice(id.to_string().as_bytes());
+        }
+        line.push(b'}');
+    }
+    line.extend_from_slice(b"}}\n");
+    line
+}
+
+/// Appends a string as JSON.
+pub(crate) fn push_string(out: &mut Vec<u8>, text: &str) {
+    if text.bytes().any(|byte| byte < 0x20 || matches!(byte, b'"' | b'\\')) {
+        // Writing to memory does not fail.
+        let _ = serde_json::to_writer(out, text);
+    } else {
+        out.push(b'"');
+        out.extend_from_slice(text.as_bytes());
+        out.push(b'"');
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_call_is_one_line_whatever_its_arguments_look_like() {
+        let arguments = "{\n  \"text\": \"a\\nb\",\r\n  \"n\": 1.0\n}";
+        let line = tool_call(7, "say \"hi\"", arguments.as_bytes(), "", true);
+        let text = String::from_utf8(line).unwrap();
+        assert_eq!(text.matches('\n').count(), 1);
+        let value: serde_json::Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(value["params"]["name"], "say \"hi\"");
+        assert_eq!(value["params"]["arguments"]["text"], "a\nb");
+        assert_eq!(value["params"]["_meta"]["progressToken"], 7);
+        assert!(text.contains("1.0"));
+    }
+
+    #[test]
+    fn only_the_envelope_is_read() {
+        let line = Bytes::from_static(br#"{"result":{"n":1.0e2,"x":[]},"jsonrpc":"2.0","id":5}"#);
+        let Message::Response { id: 5, body: Some(Ok(result)) } = Message::parse(&line) else { panic!() };
+        assert_eq!(result.as_bytes(), br#"{"n":1.0e2,"x":[]}"#);
+        for garbage in
+            ["hello", "{}", "[]", r#"{"id":"x","result":{}}"#, r#"{"id":-1,"result":{}}"#, "{\"id\":1"]
+        {
+            assert!(matches!(Message::parse(&Bytes::from(garbage)), Message::Garbage), "{garbage}");
+        }
+        let odd = Bytes::from_static(br#"{"id":1}"#);
+        assert!(matches!(Message::parse(&odd), Message::Response { id: 1, body: None }));
+    }
+}

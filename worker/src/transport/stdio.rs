@@ -1,0 +1,410 @@
+//! One connection over a child's standard input and output: a table of calls in flight, one task that
+//! writes, one that reads.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicU8, AtomicU64, Ordering},
+    },
+};
+
+use mcp_shared::{json::RawJson, limits, worker_api::CallEvent};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt},
+    sync::{Notify, mpsc, oneshot},
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use zeroize::{Zeroize, Zeroizing};
+
+use super::{
+    lines::{Line, Lines},
+    message::{self, Message, RpcError},
+};
+use crate::logs::Log;
+
+/// Frames that may wait for the writer. Calls are bounded by slots; the rest is for notifications.
+const OUTBOX: usize = 2 * limits::CONCURRENCY_MAX as usize;
+/// Small frames are joined into writes of about this size.
+const WRITE: usize = 64 * 1024;
+/// Lines above this size are parsed on another thread, so that they hold up no other connection.
+const PARSE_INLINE: usize = 256 * 1024;
+/// Lines that are not JSON-RPC and still go to the server's log: banners are worth seeing, floods not.
+const BANNER_LINES: u64 = 50;
+
+/// Why there is no result.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Failure {
+    /// The server answered with an error.
+    Rpc(RpcError),
+    /// The answer was longer than an answer may be.
+    TooLarge,
+    /// The answer was not one.
+    Malformed,
+    /// The connection ended. `written`: the request may have reached the server.
+    Closed {
+        /// Whether the request was handed to the server's input.
+        written: bool,
+    },
+}
+
+/// A connection. All clones are the same one.
+#[derive(Clone)]
+pub struct Connection {
+    shared: Arc<Shared>,
+    outbox: mpsc::Sender<Frame>,
+}
+
+struct Shared {
+    table: Mutex<Table>,
+    next_id: AtomicU64,
+    /// Members of `_meta` that the negotiated protocol wants on every request.
+    meta: OnceLock<String>,
+    log: Arc<Log>,
+    tools_changed: Notify,
+    /// Ends the writer, which closes the child's input.
+    close_input: CancellationToken,
+    /// The child's output has ended.
+    output_ended: CancellationToken,
+    ignored: AtomicU64,
+}
+
+#[derive(Default)]
+struct Table {
+    closed: bool,
+    waiting: HashMap<u64, Waiting>,
+}
+
+struct Waiting {
+    answer: oneshot::Sender<Result<RawJson, Failure>>,
+    progress: Option<mpsc::Sender<CallEvent>>,
+    ticket: Arc<Ticket>,
+}
+
+/// Where a frame is: waiting, with the writer, or taken back before that.
+#[derive(Default)]
+struct Ticket(AtomicU8);
+
+impl Ticket {
+    const WAITING: u8 = 0;
+    const TAKEN: u8 = 1;
+    const REVOKED: u8 = 2;
+
+    fn take(&self) -> bool {
+        self.move_to(Self::TAKEN)
+    }
+
+    /// Takes the frame back; false when the writer has it already.
+    fn revoke(&self) -> bool {
+        self.move_to(Self::REVOKED)
+    }
+
+    fn taken(&self) -> bool {
+        self.0.load(Ordering::Acquire) == Self::TAKEN
+    }
+
+    fn move_to(&self, state: u8) -> bool {
+        self.0.compare_exchange(Self::WAITING, state, Ordering::AcqRel, Ordering::Acquire).is_ok()
+    }
+}
+
+struct Frame {
+    bytes: Zeroizing<Vec<u8>>,
+    ticket: Option<Arc<Ticket>>,
+}
+
+/// A request whose answer is awaited. Dropping it forgets the answer but tells the server nothing:
+/// [`InFlight::cancel`] does.
+pub struct InFlight {
+    id: u64,
+    connection: Connection,
+    answer: oneshot::Receiver<Result<RawJson, Failure>>,
+    ticket: Arc<Ticket>,
+}
+
+impl Connection {
+    /// Starts the two tasks of a connection on the tracker.
+    pub fn open(
+        input: impl AsyncWrite + Send + Unpin + 'static,
+        output: impl AsyncRead + Send + Unpin + 'static,
+        log: Arc<Log>,
+        tasks: &TaskTracker,
+    ) -> Self {
+        let (outbox, queue) = mpsc::channel(OUTBOX);
+        let shared = Arc::new(Shared {
+            table: Mutex::default(),
+            next_id: AtomicU64::new(1),
+            meta: OnceLock::new(),
+            log,
+            tools_changed: Notify::new(),
+            close_input: CancellationToken::new(),
+            output_ended: CancellationToken::new(),
+            ignored: AtomicU64::new(0),
+        });
+        let connection = Self { shared, outbox };
+        tasks.spawn(write(input, queue, connection.shared.close_input.clone()));
+        tasks.spawn(read(output, connection.clone()));
+        connection
+    }
+
+    /// Sends a request and waits for its result.
+    pub async fn request(&self, method: &str, params: &str) -> Result<RawJson, Failure> {
+        self.begin(None, |id| message::request(id, method, params)).await?.answer().await
+    }
+
+    /// Sends a tool call. `arguments` is a JSON object.
+    pub async fn call_tool(
+        &self,
+        tool: &str,
+        arguments: &[u8],
+        progress: Option<mpsc::Sender<CallEvent>>,
+    ) -> Result<InFlight, Failure> {
+        let wanted = progress.is_some();
+        self.begin(progress, |id| message::tool_call(id, tool, arguments, self.meta(), wanted)).await
+    }
+
+    /// Sends a notification.
+    pub async fn notify(&self, method: &str, params: Option<&str>) -> Result<(), Failure> {
+        let bytes = Zeroizing::new(message::notification(method, params));
+        let frame = Frame { bytes, ticket: None };
+        self.outbox.send(frame).await.map_err(|_| Failure::Closed { written: false })
+    }
+
+    /// Sets what the protocol wants in every request's `_meta`, as JSON members without braces.
+    pub fn set_meta(&self, members: String) {
+        let _ = self.shared.meta.set(members);
+    }
+
+    /// What the protocol wants in every request's `_meta`.
+    pub fn meta(&self) -> &str {
+        self.shared.meta.get().map_or("", String::as_str)
+    }
+
+    /// Waits until the server says that its tools have changed.
+    pub async fn tools_changed(&self) {
+        self.shared.tools_changed.notified().await;
+    }
+
+    /// Closes the server's input, which asks it to leave.
+    pub fn close_input(&self) {
+        self.shared.close_input.cancel();
+    }
+
+    /// Waits for the end of the server's output.
+    pub async fn output_ended(&self) {
+        self.shared.output_ended.cancelled().await;
+    }
+
+    /// Ends all calls in flight and lets no new one begin.
+    pub fn close(&self) {
+        self.shared.close_input.cancel();
+        let waiting = {
+            let mut table = self.shared.table();
+            table.closed = true;
+            std::mem::take(&mut table.waiting)
+        };
+        for (_, one) in waiting {
+            // Taking the frame back and finding it taken are the two honest outcomes.
+            let written = !one.ticket.revoke() && one.ticket.taken();
+            let _ = one.answer.send(Err(Failure::Closed { written }));
+        }
+    }
+
+    /// Whether calls can begin.
+    pub fn is_open(&self) -> bool {
+        !self.shared.table().closed && !self.shared.close_input.is_cancelled()
+    }
+
+    async fn begin(
+        &self,
+        progress: Option<mpsc::Sender<CallEvent>>,
+        line: impl FnOnce(u64) -> Vec<u8>,
+    ) -> Result<InFlight, Failure> {
+        let not_begun = Failure::Closed { written: false };
+        let room = self.outbox.reserve().await.map_err(|_| not_begun.clone())?;
+        let id = self.shared.next_id.fetch_add(1, Ordering::Relaxed);
+        let ticket = Arc::new(Ticket::default());
+        let (sender, answer) = oneshot::channel();
+        {
+            let mut table = self.shared.table();
+            if table.closed {
+                return Err(not_begun);
+            }
+            let one = Waiting { answer: sender, progress, ticket: Arc::clone(&ticket) };
+            table.waiting.insert(id, one);
+        }
+        let in_flight = InFlight { id, connection: self.clone(), answer, ticket: Arc::clone(&ticket) };
+        room.send(Frame { bytes: Zeroizing::new(line(id)), ticket: Some(ticket) });
+        Ok(in_flight)
+    }
+}
+
+impl InFlight {
+    /// Waits for the answer. Safe to call again after it was cancelled.
+    pub async fn answer(&mut self) -> Result<RawJson, Failure> {
+        match (&mut self.answer).await {
+            Ok(answer) => answer,
+            Err(_) => Err(Failure::Closed { written: self.ticket.taken() }),
+        }
+    }
+
+    /// Gives the request up. `false`: it was taken back before the server could see it. `true`: the
+    /// server may be working on it and has been told that nobody waits.
+    pub fn cancel(&self, reason: &str) -> bool {
+        if self.ticket.revoke() {
+            return false;
+        }
+        let params = format!(r#"{{"requestId":{},"reason":"{reason}"}}"#, self.id);
+        let bytes = Zeroizing::new(message::notification("notifications/cancelled", Some(&params)));
+        // A full outbox belongs to a server that reads nothing; it would not read this either.
+        let _ = self.connection.outbox.try_send(Frame { bytes, ticket: None });
+        true
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.connection.shared.table().waiting.remove(&self.id);
+    }
+}
+
+impl Shared {
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn resolve(&self, id: u64, answer: Result<RawJson, Failure>) {
+        // Ids are ours and never used twice: an answer to any other belongs to nobody.
+        match self.table().waiting.remove(&id) {
+            Some(one) => {
+                let _ = one.answer.send(answer);
+            }
+            None => self.ignore(),
+        }
+    }
+
+    fn ignore(&self) {
+        self.ignored.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// Writes frames, small ones joined. Ends with the connection, which drops the child's input.
+async fn write(
+    mut input: impl AsyncWrite + Unpin,
+    mut queue: mpsc::Receiver<Frame>,
+    close: CancellationToken,
+) {
+    let mut frames = Vec::with_capacity(64);
+    let mut buffer = Vec::with_capacity(WRITE);
+    let work = async {
+        while queue.recv_many(&mut frames, 64).await > 0 {
+            for frame in frames.drain(..) {
+                if !frame.ticket.as_ref().is_none_or(|ticket| ticket.take()) {
+                    continue;
+                }
+                if buffer.len() + frame.bytes.len() > WRITE && !buffer.is_empty() {
+                    input.write_all(&buffer).await?;
+                    buffer.clear();
+                }
+                if frame.bytes.len() > WRITE {
+                    input.write_all(&frame.bytes).await?;
+                } else {
+                    buffer.extend_from_slice(&frame.bytes);
+                }
+            }
+            input.write_all(&buffer).await?;
+            // Calls may carry secrets: they are not left lying in the buffer.
+            buffer.zeroize();
+        }
+        std::io::Result::Ok(())
+    };
+    tokio::select! {
+        () = close.cancelled() => {}
+        // A broken pipe: the reader sees the end of the output, which says why.
+        _ = work => {}
+    }
+}
+
+/// Reads lines and hands out what they say, until the output ends.
+async fn read(output: impl AsyncRead + Unpin, connection: Connection) {
+    let shared = &connection.shared;
+    let mut lines = Lines::new(output);
+    loop {
+        match lines.next().await {
+            Ok(Some(Line::Whole(line))) if line.len() <= PARSE_INLINE => {
+                let message = Message::parse(&line);
+                handle(message, &line, &connection);
+            }
+            Ok(Some(Line::Whole(line))) => {
+                let copy = line.clone();
+                if let Ok(message) = tokio::task::spawn_blocking(move || Message::parse(&copy)).await {
+                    handle(message, &line, &connection);
+                }
+            }
+            Ok(Some(Line::TooLong(id))) => {
+                shared.log.note("a line on standard output was too long and was skipped");
+                if let Some(id) = id {
+                    shared.resolve(id, Err(Failure::TooLarge));
+                }
+            }
+            Ok(Some(Line::Endless(id))) => {
+                shared.log.note("a line on standard output did not end; the process is stopped");
+                if let Some(id) = id {
+                    shared.resolve(id, Err(Failure::TooLarge));
+                }
+                break;
+            }
+            Ok(None) | Err(_) => break,
+        }
+    }
+    shared.output_ended.cancel();
+}
+
+fn handle(message: Message, line: &[u8], connection: &Connection) {
+    let shared = &connection.shared;
+    match message {
+        Message::Response { id, body } => {
+            let answer = match body {
+                Some(Ok(result)) if result.as_bytes().len() > limits::RESULT_BYTES => Err(Failure::TooLarge),
+                Some(Ok(result)) => Ok(result),
+                Some(Err(error)) => Err(Failure::Rpc(error)),
+                None => Err(Failure::Malformed),
+            };
+            shared.resolve(id, answer);
+        }
+        Message::Notification { method, params } => match method.as_str() {
+            "notifications/progress" => {
+                if let Some(params) = params {
+                    report_progress(shared, params);
+                }
+            }
+            "notifications/tools/list_changed" => shared.tools_changed.notify_one(),
+            _ => {}
+        },
+        Message::Request { id, method } => {
+            let frame = Frame { bytes: Zeroizing::new(message::answer(&id, &method)), ticket: None };
+            // A server that asks without reading the answers gets none.
+            let _ = connection.outbox.try_send(frame);
+        }
+        Message::Garbage => {
+            if shared.ignored.fetch_add(1, Ordering::Relaxed) < BANNER_LINES && !line.is_empty() {
+                shared.log.push(line);
+            }
+        }
+    }
+}
+
+/// Hands progress to the call whose token it carries. A slow reader loses progress, never the result.
+fn report_progress(shared: &Shared, params: RawJson) {
+    #[derive(serde::Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Progress {
+        progress_token: u64,
+    }
+    let Ok(progress) = params.read::<Progress>() else { return shared.ignore() };
+    if let Some(sender) =
+        shared.table().waiting.get(&progress.progress_token).and_then(|one| one.progress.as_ref())
+    {
+        let _ = sender.try_send(CallEvent::Progress(params));
+    }
+}
