@@ -1,0 +1,187 @@
+//! Request bodies: read within limits, screened, taken apart into named fields with errors that say
+//! which field is wrong.
+
+use std::borrow::Cow;
+
+use axum::body::Body;
+use bytes::Bytes;
+use http::{HeaderMap, header};
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use mcp_shared::{
+    error::{ErrorCode, shorten},
+    json::{self, RawJson},
+    limits,
+};
+use serde::{Deserialize, Deserializer, de};
+use serde_json::value::RawValue;
+use tokio::time::timeout;
+
+use crate::problem::Problem;
+
+/// Reads a JSON body of at most `limit` bytes.
+pub async fn read(headers: &HeaderMap, body: Body, limit: usize) -> Result<Bytes, Problem> {
+    let declared =
+        headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<usize>().ok());
+    if declared.is_some_and(|length| length > limit) {
+        return Err(too_large(limit));
+    }
+    let is_json =
+        headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).is_some_and(is_json);
+    if !is_json && !http_body::Body::is_end_stream(&body) {
+        let text = "The body must be sent with Content-Type: application/json";
+        return Err(Problem::new(ErrorCode::UnsupportedMediaType, text));
+    }
+    let collected = timeout(limits::BODY_TIMEOUT, Limited::new(body, limit).collect())
+        .await
+        .map_err(|_| Problem::new(ErrorCode::RequestTimeout, "The body did not arrive in time"))?;
+    let bytes = match collected {
+        Ok(collected) => collected.to_bytes(),
+        Err(error) if error.is::<LengthLimitError>() => return Err(too_large(limit)),
+        Err(_) => return Err(Problem::invalid("The body could not be read to its end")),
+    };
+    if bytes.is_empty() {
+        return Err(Problem::invalid("A JSON object is required as the body"));
+    }
+    json::screen(&bytes).map_err(|refused| {
+        Problem::new(ErrorCode::InvalidJson, format!("The body is not acceptable JSON: {refused}"))
+    })?;
+    Ok(bytes)
+}
+
+fn is_json(content_type: &str) -> bool {
+    let essence = content_type.split(';').next().unwrap_or_default().trim();
+    essence.eq_ignore_ascii_case("application/json")
+}
+
+fn too_large(limit: usize) -> Problem {
+    Problem::new(ErrorCode::PayloadTooLarge, format!("The body is larger than {limit} bytes"))
+}
+
+/// The members of a JSON object, each still as its text.
+pub struct Fields<'a> {
+    whole: &'a Bytes,
+    members: Vec<(Cow<'a, str>, &'a RawValue)>,
+}
+
+/// One member, where "not there" and `null` may mean different things.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Field<T> {
+    /// Not there.
+    Absent,
+    /// There, and `null`.
+    Null,
+    /// There.
+    Value(T),
+}
+
+impl<T> Field<T> {
+    /// The value, if there is one.
+    pub fn value(self) -> Option<T> {
+        match self {
+            Field::Value(value) => Some(value),
+            Field::Absent | Field::Null => None,
+        }
+    }
+}
+
+impl<'a> Fields<'a> {
+    /// Takes a body apart.
+    pub fn parse(whole: &'a Bytes) -> Result<Self, Problem> {
+        struct Members;
+
+        impl<'de> de::Visitor<'de> for Members {
+            type Value = Vec<(Cow<'de, str>, &'de RawValue)>;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: de::MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                #[derive(Deserialize)]
+                struct Key<'a>(#[serde(borrow)] Cow<'a, str>);
+
+                let mut members = Vec::with_capacity(4);
+                while let Some((Key(name), value)) = map.next_entry()? {
+                    members.push((name, value));
+                }
+                Ok(members)
+            }
+        }
+
+        let mut reader = serde_json::Deserializer::from_slice(whole);
+        let members = reader.deserialize_map(Members).and_then(|members| reader.end().map(|()| members));
+        let members = members.map_err(|error| match error.classify() {
+            serde_json::error::Category::Data => Problem::invalid("The body must be a JSON object"),
+            // The parser's own words can repeat the input; the position cannot.
+            _ => Problem::new(
+                ErrorCode::InvalidJson,
+                format!("The body is not JSON: line {}, column {}", error.line(), error.column()),
+            ),
+        })?;
+        for (at, (name, _)) in members.iter().enumerate() {
+            if members[..at].iter().any(|(earlier, _)| earlier == name) {
+                return Err(Problem::invalid(format!("{} appears twice in the body", shorten(name, 64))));
+            }
+        }
+        Ok(Self { whole, members })
+    }
+
+    /// A member as its text.
+    pub fn raw(&self, name: &str) -> Field<RawJson> {
+        match self.members.iter().find(|(member, _)| member == name) {
+            None => Field::Absent,
+            Some((_, value)) if value.get() == "null" => Field::Null,
+            Some((_, value)) => Field::Value(RawJson::slice_of(self.whole, value)),
+        }
+    }
+
+    /// A member of a type; `rule` says what the value must be.
+    pub fn get<T: for<'de> Deserialize<'de>>(&self, name: &str, rule: &str) -> Result<Field<T>, Problem> {
+        Ok(match self.raw(name) {
+            Field::Absent => Field::Absent,
+            Field::Null => Field::Null,
+            Field::Value(raw) => {
+                Field::Value(raw.read().map_err(|_| Problem::invalid(format!("{name} {rule}")))?)
+            }
+        })
+    }
+
+    /// A member that is a string.
+    pub fn text(&self, name: &str) -> Result<Field<String>, Problem> {
+        self.get(name, "must be a string")
+    }
+
+    /// A string that must be there and not be empty.
+    pub fn required(&self, name: &str) -> Result<String, Problem> {
+        match self.text(name)? {
+            Field::Value(text) if !text.is_empty() => Ok(text),
+            _ => Err(Problem::invalid(format!("{name} is required and must be a string that is not empty"))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fails(text: &str) -> (ErrorCode, String) {
+        let bytes = Bytes::from(text.to_owned());
+        let problem = match Fields::parse(&bytes) {
+            Ok(fields) => fields.required("serverName").err().unwrap(),
+            Err(problem) => problem,
+        };
+        let envelope = problem.envelope(&mcp_shared::ids::RequestId::generate());
+        (problem.code(), envelope["error"].as_str().unwrap().to_owned())
+    }
+
+    #[test]
+    fn says_what_is_wrong_without_repeating_it() {
+        assert_eq!(fails(r#"{"serverName":"#).0, ErrorCode::InvalidJson);
+        assert_eq!(fails(r#"{"a":1} x"#).0, ErrorCode::InvalidJson);
+        assert_eq!(fails("[1,2]"), (ErrorCode::InvalidRequest, "The body must be a JSON object".to_owned()));
+        assert_eq!(fails("\"str\"").0, ErrorCode::InvalidRequest);
+        assert_eq!(fails(r#"{"serverName":"a","serverName":"b"}"#).1, "serverName appears twice in the body");
+        assert_eq!(fails(r#"{"serverName":{"$ne":null}}"#).1, "serverName must be a string");
+        assert!(fails(r#"{"serverName":null}"#).1.starts_with("serverName is required"));
+    }
+}

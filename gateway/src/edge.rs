@@ -1,0 +1,203 @@
+//! What happens to every request before and after its handler: id, checks of the connection's claims,
+//! errors made into documents, one line in the log.
+
+use std::{panic::AssertUnwindSafe, sync::Arc, time::Instant};
+
+use axum::{
+    extract::{MatchedPath, Request, State},
+    middleware::Next,
+    response::Response,
+};
+use futures_util::FutureExt;
+use http::{HeaderMap, HeaderName, HeaderValue, header};
+use mcp_shared::{
+    error::{ErrorCode, WorkerError, shorten},
+    ids::RequestId,
+};
+
+use crate::problem::Problem;
+
+/// The header that names a request.
+pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// Which `Host` and `Origin` headers are accepted.
+#[derive(Debug)]
+pub struct Allowed {
+    hosts: Vec<String>,
+    origins: Vec<String>,
+    /// A name of this machine's own loopback is fine only where nothing else can connect.
+    loopback: bool,
+}
+
+impl Allowed {
+    /// `hosts` and `origins` as configured. Loopback names are accepted in any case: requests that
+    /// carry them come from this machine or from somebody who can write any header.
+    pub fn new(hosts: Vec<String>, origins: Vec<String>, listen: String) -> Self {
+        let loopback = true;
+        let mut hosts: Vec<_> = hosts.into_iter().map(|host| host.to_ascii_lowercase()).collect();
+        hosts.push(listen.to_ascii_lowercase());
+        Self { hosts, origins, loopback }
+    }
+
+    /// Refuses requests that a web page made in somebody's browser (DNS rebinding, cross-site), and
+    /// those whose head says two things at once.
+    fn check(&self, request: &Request) -> Result<(), Problem> {
+        let headers = request.headers();
+        let host = single(headers, &header::HOST)?
+            .or_else(|| request.uri().authority().map(|authority| authority.as_str().to_owned()))
+            .ok_or_else(|| Problem::invalid("The Host header is required"))?;
+        if !self.host_allowed(&host) {
+            return Err(Problem::new(
+                ErrorCode::HostNotAllowed,
+                "The Host header names a host that is not allowed",
+            ));
+        }
+        if let Some(origin) = single(headers, &header::ORIGIN)?
+            && !self.origin_allowed(&origin)
+        {
+            return Err(Problem::new(
+                ErrorCode::OriginNotAllowed,
+                "Requests from this web origin are not allowed",
+            ));
+        }
+        if headers.contains_key(header::TRANSFER_ENCODING) && headers.contains_key(header::CONTENT_LENGTH) {
+            return Err(Problem::invalid("Content-Length and Transfer-Encoding cannot stand together")
+                .header(header::CONNECTION, HeaderValue::from_static("close")));
+        }
+        Ok(())
+    }
+
+    fn host_allowed(&self, host: &str) -> bool {
+        let host = host.to_ascii_lowercase();
+        let name = without_port(&host);
+        (self.loopback && is_loopback(name))
+            || self.hosts.iter().any(|allowed| *allowed == host || allowed == name)
+    }
+
+    fn origin_allowed(&self, origin: &str) -> bool {
+        let own = origin.strip_prefix("http://").or_else(|| origin.strip_prefix("https://"));
+        own.is_some_and(|host| self.loopback && is_loopback(without_port(host)))
+            || self.origins.iter().any(|allowed| allowed.eq_ignore_ascii_case(origin))
+    }
+}
+
+fn without_port(host: &str) -> &str {
+    match host.rsplit_once(':') {
+        Some((name, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) && !name.ends_with(':') => name,
+        _ => host,
+    }
+}
+
+fn is_loopback(name: &str) -> bool {
+    let name = name.trim_start_matches('[').trim_end_matches(']');
+    name == "localhost" || name.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
+fn single(headers: &HeaderMap, name: &HeaderName) -> Result<Option<String>, Problem> {
+    let mut values = headers.get_all(name).iter();
+    let first = values.next();
+    if values.next().is_some() {
+        return Err(Problem::invalid(format!("The {name} header appears twice")));
+    }
+    match first.map(HeaderValue::to_str) {
+        None => Ok(None),
+        Some(Ok(value)) => Ok(Some(value.to_owned())),
+        Some(Err(_)) => Err(Problem::invalid(format!("The {name} header is not valid"))),
+    }
+}
+
+/// The outermost layer.
+pub async fn edge(State(allowed): State<Arc<Allowed>>, mut request: Request, next: Next) -> Response {
+    let start = Instant::now();
+    let route = request.extensions().get::<MatchedPath>().map(|path| path.as_str().to_owned());
+    let method = request.method().clone();
+    let (id, checked) = match request_id(request.headers()) {
+        Ok(id) => (id, allowed.check(&request)),
+        Err(problem) => (RequestId::generate(), Err(problem)),
+    };
+    request.extensions_mut().insert(id.clone());
+    let mut response = match checked {
+        Err(problem) => problem.into_answer(&id),
+        Ok(()) => match AssertUnwindSafe(next.run(request)).catch_unwind().await {
+            Ok(mut response) => match response.extensions_mut().remove::<Problem>() {
+                Some(problem) => {
+                    let code = problem.code();
+                    let allow = response.headers_mut().remove(header::ALLOW);
+                    let mut answer = problem.into_answer(&id);
+                    answer.extensions_mut().insert(code);
+                    if let Some(allow) = allow {
+                        answer.headers_mut().insert(header::ALLOW, allow);
+                    }
+                    answer
+                }
+                None => response,
+            },
+            // The panic hook has logged where it happened.
+            Err(_) => Problem::from(WorkerError::internal("a handler panicked")).into_answer(&id),
+        },
+    };
+    if let Ok(value) = HeaderValue::from_str(id.as_str()) {
+        response.headers_mut().insert(REQUEST_ID, value);
+    }
+    response.headers_mut().insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    response.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    tracing::info!(
+        target: "mcp_gateway::access",
+        request_id = %id,
+        method = %shorten(method.as_str(), 16),
+        // The pattern that matched, never the path: paths are the caller's words.
+        route = route.as_deref().unwrap_or("-"),
+        status = response.status().as_u16(),
+        code = response.extensions().get::<ErrorCode>().map(|code| code.as_str()),
+        duration_ms = start.elapsed().as_secs_f64() * 1_000.0,
+        "request"
+    );
+    response
+}
+
+fn request_id(headers: &HeaderMap) -> Result<RequestId, Problem> {
+    match single(headers, &REQUEST_ID)? {
+        Some(given) => Ok(given.parse()?),
+        None => Ok(RequestId::generate()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hosts_and_origins() {
+        let allowed = Allowed::new(
+            vec!["api.example.org".into(), "other:8443".into()],
+            vec!["https://app.example.org".into()],
+            "192.0.2.7".into(),
+        );
+        for good in [
+            "localhost",
+            "LOCALHOST:8080",
+            "127.0.0.1:80",
+            "[::1]:8080",
+            "::1",
+            "127.9.9.9",
+            "192.0.2.7:80",
+            "api.example.org:443",
+            "other:8443",
+        ] {
+            assert!(allowed.host_allowed(good), "{good}");
+        }
+        for bad in
+            ["evil.com", "localhost.evil.com", "127.0.0.1.evil.com", "other:80", "other", "", "2130706433"]
+        {
+            assert!(!allowed.host_allowed(bad), "{bad}");
+        }
+        for good in ["http://localhost:3000", "https://127.0.0.1", "https://app.example.org"] {
+            assert!(allowed.origin_allowed(good), "{good}");
+        }
+        for bad in
+            ["null", "http://evil.com", "file://", "https://app.example.org.evil.com", "ftp://localhost"]
+        {
+            assert!(!allowed.origin_allowed(bad), "{bad}");
+        }
+    }
+}

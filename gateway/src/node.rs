@@ -1,0 +1,123 @@
+//! One machine: the embedded store, a key of its own, the worker in process.
+
+use std::{
+    fs::OpenOptions,
+    io::{self, Write},
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use mcp_shared::{
+    config::Settings,
+    crypter::KeyError,
+    store::{
+        Fact, Store, StoreError,
+        embedded::{EmbeddedStore, OpenError},
+    },
+    vault::{KeySource, Vault, VaultError},
+};
+
+use secrecy::{ExposeSecret, SecretString};
+
+/// The file with the generated key, below `DATA_DIR`.
+pub const KEY_FILE: &str = "secrets.key";
+
+/// Why the program cannot start here.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeError {
+    /// The store does not open.
+    #[error("{0}")]
+    Open(#[from] OpenError),
+    /// The key is weak, missing or another one than the data was encrypted with.
+    #[error("{0}")]
+    Key(String),
+    /// A file cannot be read or written.
+    #[error("{path}: {source}")]
+    File {
+        /// Which one.
+        path: PathBuf,
+        /// What happened.
+        source: io::Error,
+    },
+    /// The store opened and then failed.
+    #[error("the store failed: {0}")]
+    Store(#[from] StoreError),
+    /// What is stored cannot be read.
+    #[error("{0}")]
+    Vault(VaultError),
+}
+
+impl NodeError {
+    /// Whether the settings are to blame, so that starting again changes nothing.
+    pub fn is_configuration(&self) -> bool {
+        matches!(self, NodeError::Key(_))
+    }
+}
+
+impl From<VaultError> for NodeError {
+    fn from(error: VaultError) -> Self {
+        match error {
+            VaultError::Weak { .. } | VaultError::KeyMismatch { .. } | VaultError::Key(_) => {
+                NodeError::Key(error.to_string())
+            }
+            VaultError::Store(error) => NodeError::Store(error),
+            other => NodeError::Vault(other),
+        }
+    }
+}
+
+/// Opens store and vault below `DATA_DIR`, and makes a key on the first start.
+pub async fn open(settings: &Settings) -> Result<Vault, NodeError> {
+    let store = EmbeddedStore::open(&settings.data_dir)?;
+    let key = key(settings, &*store).await?;
+    Ok(Vault::open(store as Arc<dyn Store>, key, settings.legacy).await?)
+}
+
+/// The key from the settings; else the generated one, made now if nothing was ever encrypted here.
+async fn key(settings: &Settings, store: &dyn Store) -> Result<KeySource, NodeError> {
+    if let Some(key) = &settings.secrets_key {
+        return Ok(KeySource::Text(key.clone()));
+    }
+    if let Some(path) = &settings.secrets_keys_file {
+        return read(path).map(KeySource::RingFile);
+    }
+    let path = settings.data_dir.join(KEY_FILE);
+    if path.exists() {
+        return read(&path).map(KeySource::RingFile);
+    }
+    if store.fact(Fact::KeyRing, "kcv:k1").await?.is_some() {
+        return Err(NodeError::Key(format!(
+            "the data in {} was encrypted with a key that is not here: put {} back, or set SECRETS_KEY to the key that was used",
+            settings.data_dir.display(),
+            path.display(),
+        )));
+    }
+    generate(&path)?;
+    tracing::info!(path = %path.display(), "a new key was generated; without this file stored secrets cannot be read");
+    read(&path).map(KeySource::RingFile)
+}
+
+fn read(path: &Path) -> Result<SecretString, NodeError> {
+    let contents = std::fs::read_to_string(path);
+    contents.map(SecretString::from).map_err(|source| NodeError::File { path: path.to_owned(), source })
+}
+
+/// Writes a new key where only the owner can read it. It is complete under its name or not there.
+fn generate(path: &Path) -> Result<(), NodeError> {
+    let line = mcp_shared::crypter::generate_key_line()
+        .map_err(|error: KeyError| NodeError::Key(error.to_string()))?;
+    let staged = path.with_extension("new");
+    let write = || -> io::Result<()> {
+        let _ = std::fs::remove_file(&staged);
+        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&staged)?;
+        writeln!(file, "{}", line.expose_secret())?;
+        file.sync_all()?;
+        std::fs::rename(&staged, path)?;
+        match path.parent() {
+            Some(folder) => std::fs::File::open(folder)?.sync_all(),
+            None => Ok(()),
+        }
+    };
+    write().map_err(|source| NodeError::File { path: path.to_owned(), source })
+}

@@ -1,0 +1,169 @@
+//! How errors leave: the envelope, and the only mapping of codes to HTTP.
+
+use axum::response::{IntoResponse, Response};
+use http::{HeaderName, HeaderValue, StatusCode, header};
+use mcp_shared::{
+    error::{ErrorCode, WorkerError},
+    ids::{InvalidName, RequestId},
+    json::RawJson,
+    vault::VaultError,
+};
+use serde_json::{Map, Value, json};
+
+/// An error on its way out. The edge turns it into a document when it knows the request's id.
+#[derive(Debug, Clone)]
+pub struct Problem {
+    error: WorkerError,
+    headers: Vec<(HeaderName, HeaderValue)>,
+}
+
+impl Problem {
+    /// A problem with a code and a safe sentence.
+    pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
+        WorkerError::new(code, message).into()
+    }
+
+    /// `invalid_request` with a sentence on what would be valid.
+    pub fn invalid(message: impl Into<String>) -> Self {
+        Self::new(ErrorCode::InvalidRequest, message)
+    }
+
+    /// Adds a header to the answer.
+    pub fn header(mut self, name: HeaderName, value: HeaderValue) -> Self {
+        self.headers.push((name, value));
+        self
+    }
+
+    /// The status of the answer.
+    pub fn status(&self) -> StatusCode {
+        status(self.error.code)
+    }
+
+    /// The closed code.
+    pub fn code(&self) -> ErrorCode {
+        self.error.code
+    }
+
+    /// The document.
+    pub fn envelope(&self, request: &RequestId) -> Value {
+        let mut body = Map::new();
+        body.insert("success".to_owned(), Value::Bool(false));
+        body.insert("error".to_owned(), self.error.message.clone().into());
+        body.insert("code".to_owned(), self.error.code.as_str().into());
+        body.insert("requestId".to_owned(), request.as_str().into());
+        body.insert("retryable".to_owned(), self.error.code.retryable().into());
+        if let Some(outcome) = self.error.outcome {
+            body.insert("outcome".to_owned(), json!(outcome));
+        }
+        body.extend(self.error.details.clone());
+        Value::Object(body)
+    }
+
+    /// The finished answer.
+    pub fn into_answer(self, request: &RequestId) -> Response {
+        let mut response = json_response(self.status(), &self.envelope(request));
+        if let Some(wait) = self.error.retry_after_ms {
+            // Whole seconds, and never "at once".
+            response
+                .headers_mut()
+                .insert(header::RETRY_AFTER, HeaderValue::from(wait.div_ceil(1_000).max(1)));
+        }
+        for (name, value) in self.headers {
+            response.headers_mut().insert(name, value);
+        }
+        response
+    }
+}
+
+impl From<WorkerError> for Problem {
+    fn from(error: WorkerError) -> Self {
+        Self { error, headers: Vec::new() }
+    }
+}
+
+impl From<VaultError> for Problem {
+    fn from(error: VaultError) -> Self {
+        WorkerError::from(error).into()
+    }
+}
+
+impl From<InvalidName> for Problem {
+    fn from(error: InvalidName) -> Self {
+        let code = if error.field == "serverName" {
+            ErrorCode::InvalidServerName
+        } else {
+            ErrorCode::InvalidRequest
+        };
+        Self::new(code, error.to_string())
+    }
+}
+
+impl IntoResponse for Problem {
+    /// A bare response that carries the problem; the edge replaces it.
+    fn into_response(self) -> Response {
+        let mut response = self.status().into_response();
+        response.extensions_mut().insert(self);
+        response
+    }
+}
+
+/// The HTTP status of a code.
+pub fn status(code: ErrorCode) -> StatusCode {
+    match code {
+        ErrorCode::InvalidRequest
+        | ErrorCode::InvalidJson
+        | ErrorCode::InvalidServerName
+        | ErrorCode::InvalidArguments => StatusCode::BAD_REQUEST,
+        ErrorCode::HostNotAllowed | ErrorCode::OriginNotAllowed | ErrorCode::BuiltinServer => {
+            StatusCode::FORBIDDEN
+        }
+        ErrorCode::NotFound | ErrorCode::ServerNotFound | ErrorCode::ToolNotFound => StatusCode::NOT_FOUND,
+        ErrorCode::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
+        ErrorCode::RequestTimeout => StatusCode::REQUEST_TIMEOUT,
+        ErrorCode::ServerAlreadyExists | ErrorCode::ServerDisabled | ErrorCode::Conflict => {
+            StatusCode::CONFLICT
+        }
+        ErrorCode::PayloadTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
+        ErrorCode::UnsupportedMediaType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+        ErrorCode::SecretIntegrity | ErrorCode::Internal => StatusCode::INTERNAL_SERVER_ERROR,
+        ErrorCode::ServerUnavailable
+        | ErrorCode::ServerCrashed
+        | ErrorCode::ServerStopped
+        | ErrorCode::ServerProtocolError
+        | ErrorCode::McpError
+        | ErrorCode::ResultTooLarge => StatusCode::BAD_GATEWAY,
+        ErrorCode::ServerStarting
+        | ErrorCode::Cancelled
+        | ErrorCode::Overloaded
+        | ErrorCode::ShuttingDown
+        | ErrorCode::StoreUnavailable => StatusCode::SERVICE_UNAVAILABLE,
+        ErrorCode::DeadlineExceeded => StatusCode::GATEWAY_TIMEOUT,
+        ErrorCode::StorageFull => StatusCode::INSUFFICIENT_STORAGE,
+    }
+}
+
+/// A JSON answer.
+pub fn json_response(status: StatusCode, body: &impl serde::Serialize) -> Response {
+    match RawJson::of(body) {
+        Ok(json) => json_bytes(status, json.bytes().clone()),
+        Err(error) => WorkerErrorResponse(WorkerError::internal(error)).into_response(),
+    }
+}
+
+/// A JSON answer from finished bytes.
+pub fn json_bytes(status: StatusCode, body: bytes::Bytes) -> Response {
+    let mut response = Response::new(body.into());
+    *response.status_mut() = status;
+    let json = HeaderValue::from_static("application/json; charset=utf-8");
+    response.headers_mut().insert(header::CONTENT_TYPE, json);
+    response
+}
+
+/// An answer that could not even be written.
+struct WorkerErrorResponse(WorkerError);
+
+impl IntoResponse for WorkerErrorResponse {
+    fn into_response(self) -> Response {
+        Problem::from(self.0).into_response()
+    }
+}

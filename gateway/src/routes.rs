@@ -1,0 +1,8 @@
+//! The handlers, one file per noun. [`crate::router`] lists the routes.
+
+pub mod health;
+pub mod secrets;
+pub mod server_input;
+pub mod server_view;
+pub mod servers;
+pub mod tools;

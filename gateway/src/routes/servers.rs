@@ -1,0 +1,223 @@
+//! `/mcp/servers`.
+
+use std::{collections::HashMap, sync::Arc};
+
+use axum::{body::Body, extract::State, response::Response};
+use http::{HeaderMap, StatusCode};
+use mcp_shared::{
+    error::{ErrorCode, WorkerError},
+    ids::{ServerName, UserId},
+    server::ServerRecord,
+    store::StoreError,
+    vault::VaultError,
+    worker_api::{Change, ServerReport},
+};
+use serde_json::json;
+
+use crate::{
+    app::{App, Server, user},
+    body::Fields,
+    problem::{Problem, json_bytes, json_response},
+    routes::{
+        server_input::{new_record, updated_record},
+        server_view::{Detail, document, view},
+    },
+};
+
+/// Names that belong to servers inside the program.
+const BUILTIN: [&str; 1] = ["webtools"];
+/// How often a change is tried again when somebody else changes the same record.
+const ATTEMPTS: usize = 5;
+
+/// `GET /mcp/servers`.
+pub async fn list(State(app): State<Arc<App>>) -> Result<Response, Problem> {
+    let servers = app.vault.servers().await?;
+    let reports: HashMap<ServerName, ServerReport> =
+        app.worker.reports().await?.into_iter().map(|report| (report.name.clone(), report)).collect();
+    let views = servers
+        .iter()
+        .map(|server| view(&server.value, reports.get(&server.value.name), Detail::Summary))
+        .collect::<Result<Vec<_>, _>>()?;
+    Ok(json_bytes(StatusCode::OK, document("servers", &views)?))
+}
+
+/// `GET /mcp/servers/:name`.
+pub async fn get(State(app): State<Arc<App>>, Server(name): Server) -> Result<Response, Problem> {
+    let server = app.vault.server(&name).await?.ok_or_else(|| WorkerError::server_not_found(&name))?;
+    app.answer(&server.value, None, Detail::Full).await
+}
+
+/// `POST /mcp/servers`: registers a server, starts it and waits until it listed its tools or failed. A
+/// server that fails is kept, with the reason in `logs`.
+pub async fn add(State(app): State<Arc<App>>, headers: HeaderMap, body: Body) -> Result<Response, Problem> {
+    let body = app.body(&headers, body).await?;
+    let fields = Fields::parse(&body)?;
+    let user = user(&fields)?;
+    let record = new_record(&fields)?;
+    not_builtin(&record.name)?;
+    match app.vault.insert_server(&record).await {
+        Ok(_) => {}
+        Err(VaultError::Store(StoreError::AlreadyExists { existing })) => {
+            return Err(exists(&record.name, &existing));
+        }
+        Err(error) => return Err(error.into()),
+    }
+    let report = app.changed(&record, &user).await?;
+    app.answer(&record, report, Detail::Summary).await
+}
+
+/// `PUT /mcp/servers/:name`.
+pub async fn update(
+    State(app): State<Arc<App>>,
+    Server(name): Server,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, Problem> {
+    not_builtin(&name)?;
+    let body = app.body(&headers, body).await?;
+    let fields = Fields::parse(&body)?;
+    let user = user(&fields)?;
+    let missing = || with_name(&name, format!("Server with name {name} not found"));
+    app.change(&name, &user, missing, |record| updated_record(record, &fields)).await
+}
+
+/// `PUT /mcp/servers/:name/enable`.
+pub async fn enable(State(app): State<Arc<App>>, Server(name): Server) -> Result<Response, Problem> {
+    app.switch(&name, true).await
+}
+
+/// `PUT /mcp/servers/:name/disable`.
+pub async fn disable(State(app): State<Arc<App>>, Server(name): Server) -> Result<Response, Problem> {
+    app.switch(&name, false).await
+}
+
+/// `DELETE /mcp/servers/:name`: stops it and removes it with all that belongs to it, users' secrets
+/// for it included.
+pub async fn delete(State(app): State<Arc<App>>, Server(name): Server) -> Result<Response, Problem> {
+    not_builtin(&name)?;
+    if !app.vault.delete_server(&name).await? {
+        return Err(with_name(&name, format!("Server with name {name} not found")).into());
+    }
+    app.worker.announce(Change::Server { server: name }).await?;
+    Ok(json_response(StatusCode::OK, &json!({"success": true})))
+}
+
+/// `GET /mcp/servers/:name/delete-impact`: whom the removal of a server would concern.
+pub async fn delete_impact(State(app): State<Arc<App>>, Server(name): Server) -> Result<Response, Problem> {
+    let server = app.vault.server(&name).await?.ok_or_else(|| WorkerError::server_not_found(&name))?;
+    let record = server.value;
+    let report = app.worker.report(&name).await?;
+    let mut users: Vec<_> =
+        report.instances.iter().filter_map(|instance| instance.username.as_ref()).collect();
+    users.sort();
+    users.dedup();
+    let transport = serde_json::to_value(&record.transport).map_err(WorkerError::internal)?;
+    Ok(json_response(
+        StatusCode::OK,
+        &json!({
+            "success": true,
+            "impact": {
+                "serverName": record.name,
+                "source": record.source,
+                "authMode": record.auth_mode,
+                "transportType": transport["transportType"],
+                // This version has no servers that users install or log in to.
+                "installedUsers": 0,
+                "connectedAuthUsers": 0,
+                "oauthTokenUsers": 0,
+                "usersWithSavedSecrets": app.vault.users_with_secrets(&name).await?,
+                "activeSessionUsers": users.len(),
+            },
+        }),
+    ))
+}
+
+impl App {
+    async fn switch(&self, name: &ServerName, enabled: bool) -> Result<Response, Problem> {
+        not_builtin(name)?;
+        let missing = || WorkerError::server_not_found(name);
+        self.change(name, &UserId::default(), missing, |record| {
+            let mut next = record.clone();
+            next.enabled = enabled;
+            Ok(next)
+        })
+        .await
+    }
+
+    /// Changes a record as it is now, however often others change it meanwhile, and sees the change
+    /// through to the processes.
+    async fn change(
+        &self,
+        name: &ServerName,
+        user: &UserId,
+        missing: impl Fn() -> WorkerError,
+        change: impl Fn(&ServerRecord) -> Result<ServerRecord, Problem>,
+    ) -> Result<Response, Problem> {
+        for _ in 0..ATTEMPTS {
+            let stored = self.vault.server(name).await?.ok_or_else(&missing)?;
+            let next = change(&stored.value)?;
+            if next != stored.value {
+                match self.vault.replace_server(&next, stored.revision).await {
+                    Ok(_) => {}
+                    Err(VaultError::Store(StoreError::Conflict)) => continue,
+                    Err(VaultError::Store(StoreError::NotFound)) => return Err(missing().into()),
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            let report = self.changed(&next, user).await?;
+            return self.answer(&next, report, Detail::Full).await;
+        }
+        Err(Problem::new(ErrorCode::Conflict, "The server was changed by others at the same time; try again"))
+    }
+
+    /// Makes a stored change true: workers drop what it ends, and start what it wants.
+    async fn changed(&self, record: &ServerRecord, user: &UserId) -> Result<Option<ServerReport>, Problem> {
+        self.worker.announce(Change::Server { server: record.name.clone() }).await?;
+        if !record.enabled {
+            return Ok(None);
+        }
+        match self.worker.start_server(user, &record.name).await {
+            Ok(report) => Ok(Some(report)),
+            // Somebody disabled or removed it meanwhile: the answer shows that.
+            Err(error) if matches!(error.code, ErrorCode::ServerDisabled | ErrorCode::ServerNotFound) => {
+                Ok(None)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    async fn answer(
+        &self,
+        record: &ServerRecord,
+        report: Option<ServerReport>,
+        detail: Detail,
+    ) -> Result<Response, Problem> {
+        let report = match report {
+            Some(report) => Some(report),
+            None => self.worker.report(&record.name).await.ok(),
+        };
+        Ok(json_bytes(StatusCode::OK, document("server", &view(record, report.as_ref(), detail)?)?))
+    }
+}
+
+fn not_builtin(name: &ServerName) -> Result<(), Problem> {
+    if BUILTIN.iter().any(|builtin| name.as_str().eq_ignore_ascii_case(builtin)) {
+        let text = format!("{name} is the name of a built-in server, which cannot be changed or deleted");
+        return Err(WorkerError::new(ErrorCode::BuiltinServer, text)
+            .with("serverName", name.as_str())
+            .into());
+    }
+    Ok(())
+}
+
+fn exists(name: &ServerName, existing: &str) -> Problem {
+    let mut text = format!("Server with name {name} already exists");
+    if existing != name.as_str() {
+        text.push_str(&format!(" as {existing}: names must differ in more than case"));
+    }
+    WorkerError::new(ErrorCode::ServerAlreadyExists, text).with("serverName", name.as_str()).into()
+}
+
+fn with_name(name: &ServerName, text: String) -> WorkerError {
+    WorkerError::new(ErrorCode::ServerNotFound, text).with("serverName", name.as_str())
+}
