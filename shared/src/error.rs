@@ -173,6 +173,9 @@ impl From<StoreError> for WorkerError {
             StoreError::Conflict => {
                 Self::new(ErrorCode::Conflict, "The record was changed at the same time; try again")
             }
+            StoreError::AlreadyExists { .. } => {
+                Self::new(ErrorCode::Conflict, "Something else is stored under the same key")
+            }
             StoreError::Full => Self::new(ErrorCode::StorageFull, "The store's disk is full"),
             StoreError::Unavailable { ref cause } => {
                 tracing::error!(error.cause = %cause, "the store is unavailable");

@@ -159,7 +159,8 @@ pub trait Store: Send + Sync + 'static {
     /// there was one. Repeating it after a crash completes it.
     async fn delete_server(&self, name: &ServerName) -> Result<bool, StoreError>;
 
-    /// Sets a secret. [`StoreError::NotFound`] when its server does not exist.
+    /// Sets a secret. [`StoreError::NotFound`] when its server does not exist;
+    /// [`StoreError::AlreadyExists`] when another server's secret has the same key.
     async fn put_secret(&self, secret: &SealedSecret) -> Result<(), StoreError>;
 
     /// Deletes a secret; says whether there was one.
