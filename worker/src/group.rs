@@ -61,6 +61,8 @@ struct State {
     failures: u32,
     not_before: Instant,
     trouble: Option<Trouble>,
+    /// What went wrong last, also when it is mended.
+    last_error: Option<String>,
     /// Whether it should run although nobody calls.
     wanted: bool,
     last_used: Instant,
@@ -134,6 +136,7 @@ impl Group {
                 failures: 0,
                 not_before: Instant::now(),
                 trouble: None,
+                last_error: None,
                 wanted: false,
                 last_used: Instant::now(),
                 since: Timestamp::now(),
@@ -265,7 +268,7 @@ impl Group {
                 status: if instance.is_open() { ServerStatus::Connected } else { ServerStatus::Disconnected },
                 in_flight: instance.in_flight.load(Ordering::Acquire),
                 since: instance.since,
-                last_error: state.trouble.as_ref().map(|trouble| trouble.text.clone()),
+                last_error: state.last_error.clone(),
             })
             .collect();
         let status = match (&state.trouble, &state.busy) {
@@ -285,7 +288,7 @@ impl Group {
                 status,
                 in_flight: 0,
                 since: state.since,
-                last_error: state.trouble.as_ref().map(|trouble| trouble.text.clone()),
+                last_error: state.last_error.clone(),
             });
         }
         (status, reports)
@@ -396,6 +399,7 @@ impl Group {
             (limits::RESTART_BACKOFF * (1 << doublings)).min(limits::RESTART_BACKOFF_MAX)
         };
         state.not_before = Instant::now() + pause;
+        state.last_error = Some(trouble.text.clone());
         state.trouble = Some(trouble);
         state.since = Timestamp::now();
         // A user's own process is started by the user's next call.

@@ -32,10 +32,12 @@ use crate::transport::push_string;
 /// all others out of the cache.
 const GENERATIONS: usize = 256;
 
+type Entries = LruCache<(UserId, ServerName), Arc<[SealedSecret]>>;
+
 /// Users' secrets as stored, by user and server.
 pub struct SecretCache {
     vault: Vault,
-    entries: Mutex<LruCache<(UserId, ServerName), Arc<[SealedSecret]>>>,
+    entries: Mutex<Entries>,
     generations: [AtomicU64; GENERATIONS],
 }
 
@@ -125,7 +127,7 @@ impl SecretCache {
         &self.generations[index]
     }
 
-    fn entries(&self) -> MutexGuard<'_, LruCache<(UserId, ServerName), Arc<[SealedSecret]>>> {
+    fn entries(&self) -> MutexGuard<'_, Entries> {
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -199,10 +199,9 @@ impl WorkerApi for Worker {
             Change::Server { server } => self.server_changed(&server).await,
             Change::Secret { user, server, name } => {
                 self.host.secrets.forget(&user, &server);
-                match self.entry(&server) {
-                    Ok(entry) => entry.secret_changed(&user, &name).await,
-                    // The server was removed meanwhile, and its secrets with it.
-                    Err(_) => {}
+                // A server that was removed meanwhile has taken its secrets with it.
+                if let Ok(entry) = self.entry(&server) {
+                    entry.secret_changed(&user, &name).await;
                 }
                 Ok(())
             }
