@@ -1,0 +1,92 @@
+//! Closed-loop measurement: every caller makes its next call when the last one is answered.
+
+use std::{
+    future::Future,
+    time::{Duration, Instant},
+};
+
+use anyhow::Result;
+
+/// One measurement.
+pub struct Sample {
+    latencies: Vec<Duration>,
+    time: Duration,
+}
+
+/// What is printed of one or more measurements.
+pub struct Summary {
+    /// Calls answered in a second.
+    pub per_second: f64,
+    /// Half of the calls were faster.
+    pub p50_ms: f64,
+    /// All but one in a hundred were faster.
+    pub p99_ms: f64,
+}
+
+impl Sample {
+    fn summary(&self) -> Summary {
+        let mut sorted = self.latencies.clone();
+        sorted.sort_unstable();
+        let at = |share: f64| {
+            let index = (sorted.len() as f64 * share) as usize;
+            sorted
+                .get(index.min(sorted.len().saturating_sub(1)))
+                .map_or(f64::NAN, |one| one.as_secs_f64() * 1_000.0)
+        };
+        Summary {
+            per_second: sorted.len() as f64 / self.time.as_secs_f64(),
+            p50_ms: at(0.5),
+            p99_ms: at(0.99),
+        }
+    }
+}
+
+impl Summary {
+    /// The median of each figure.
+    pub fn median(samples: &[Sample]) -> Self {
+        let all: Vec<_> = samples.iter().map(Sample::summary).collect();
+        let median = |figure: fn(&Summary) -> f64| {
+            let mut figures: Vec<_> = all.iter().map(figure).collect();
+            figures.sort_unstable_by(f64::total_cmp);
+            figures.get(figures.len() / 2).copied().unwrap_or(f64::NAN)
+        };
+        Self {
+            per_second: median(|one| one.per_second),
+            p50_ms: median(|one| one.p50_ms),
+            p99_ms: median(|one| one.p99_ms),
+        }
+    }
+}
+
+/// Runs one task for each caller until the time is over. The first calls of each are not counted.
+pub async fn closed_loop<C, F, Fut>(callers: Vec<C>, time: Duration, call: F) -> Result<Sample>
+where
+    C: Send + 'static,
+    F: Fn(C) -> Fut + Clone + Send + 'static,
+    Fut: Future<Output = Result<C>> + Send + 'static,
+{
+    const WARM_UP: usize = 20;
+
+    let mut tasks = tokio::task::JoinSet::new();
+    for mut caller in callers {
+        let call = call.clone();
+        tasks.spawn(async move {
+            for _ in 0..WARM_UP {
+                caller = call(caller).await?;
+            }
+            let start = Instant::now();
+            let mut latencies = Vec::with_capacity(100_000);
+            while start.elapsed() < time {
+                let begin = Instant::now();
+                caller = call(caller).await?;
+                latencies.push(begin.elapsed());
+            }
+            anyhow::Ok(latencies)
+        });
+    }
+    let mut latencies = Vec::new();
+    while let Some(one) = tasks.join_next().await {
+        latencies.extend(one??);
+    }
+    Ok(Sample { latencies, time })
+}
