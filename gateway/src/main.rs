@@ -3,6 +3,8 @@
 mod app;
 mod body;
 mod check;
+#[cfg(test)]
+mod documentation;
 mod edge;
 mod node;
 mod problem;

@@ -144,7 +144,10 @@ impl Answer {
     #[track_caller]
     pub fn tool_text(&self) -> String {
         assert_eq!(self.status, 200, "{}", self.text);
-        self.json()["data"]["content"][0]["text"].as_str().unwrap_or_else(|| panic!("{}", self.text)).to_owned()
+        self.json()["data"]["content"][0]["text"]
+            .as_str()
+            .unwrap_or_else(|| panic!("{}", self.text))
+            .to_owned()
     }
 }
 
@@ -312,7 +315,8 @@ pub fn fixture(name: &str, arguments: &[&str]) -> Value {
 /// Whether a process exists and is more than an entry that nobody reaped.
 pub fn alive(pid: i32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit_once(')').is_some_and(|(_, rest)| !matches!(rest.trim_start().chars().next(), Some('Z' | 'X')))
+    stat.rsplit_once(')')
+        .is_some_and(|(_, rest)| !matches!(rest.trim_start().chars().next(), Some('Z' | 'X')))
 }
 
 /// Waits until something is so, and fails the test with `what` if it never is.
