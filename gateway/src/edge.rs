@@ -25,18 +25,18 @@ pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 pub struct Allowed {
     hosts: Vec<String>,
     origins: Vec<String>,
-    /// A name of this machine's own loopback is fine only where nothing else can connect.
-    loopback: bool,
 }
 
 impl Allowed {
     /// `hosts` and `origins` as configured. Loopback names are accepted in any case: requests that
     /// carry them come from this machine or from somebody who can write any header.
     pub fn new(hosts: Vec<String>, origins: Vec<String>, listen: String) -> Self {
-        let loopback = true;
         let mut hosts: Vec<_> = hosts.into_iter().map(|host| host.to_ascii_lowercase()).collect();
-        hosts.push(listen.to_ascii_lowercase());
-        Self { hosts, origins, loopback }
+        // "All addresses" is an address to listen on, not one that an honest client asks for.
+        if !listen.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_unspecified()) {
+            hosts.push(listen.to_ascii_lowercase());
+        }
+        Self { hosts, origins }
     }
 
     /// Refuses requests that a web page made in somebody's browser (DNS rebinding, cross-site), and
@@ -70,13 +70,12 @@ impl Allowed {
     fn host_allowed(&self, host: &str) -> bool {
         let host = host.to_ascii_lowercase();
         let name = without_port(&host);
-        (self.loopback && is_loopback(name))
-            || self.hosts.iter().any(|allowed| *allowed == host || allowed == name)
+        is_loopback(name) || self.hosts.iter().any(|allowed| *allowed == host || allowed == name)
     }
 
     fn origin_allowed(&self, origin: &str) -> bool {
         let own = origin.strip_prefix("http://").or_else(|| origin.strip_prefix("https://"));
-        own.is_some_and(|host| self.loopback && is_loopback(without_port(host)))
+        own.is_some_and(|host| is_loopback(without_port(host)))
             || self.origins.iter().any(|allowed| allowed.eq_ignore_ascii_case(origin))
     }
 }

@@ -12,7 +12,7 @@ mod router;
 mod routes;
 mod serve;
 
-use std::{io::Write, path::PathBuf, process::ExitCode, sync::Arc, time::Instant};
+use std::{io::Write, path::PathBuf, process::ExitCode, sync::Arc};
 
 use clap::{Parser, Subcommand};
 use mcp_shared::{
@@ -103,29 +103,22 @@ async fn run(settings: &Settings) -> ExitCode {
             return ExitCode::from(EX_TEMPFAIL);
         }
     };
-    let worker = match start(settings).await {
+    let (worker, router) = match start(settings).await {
         Ok(started) => started,
         Err(error) => {
             complain(&error.to_string());
             return ExitCode::from(if error.is_configuration() { EX_CONFIG } else { EX_TEMPFAIL });
         }
     };
-    let Started { worker, router } = worker;
     announce(settings, &listener);
-    serve::serve(listener, router, stop, settings.shutdown_timeout).await;
-    let begun = Instant::now();
-    worker.shutdown(settings.shutdown_timeout.saturating_sub(begun.elapsed())).await;
+    let left = serve::serve(listener, router, stop, settings.shutdown_timeout).await;
+    worker.shutdown(left).await;
     tracing::info!("stopped");
     ExitCode::SUCCESS
 }
 
-struct Started {
-    worker: Arc<Worker>,
-    router: axum::Router,
-}
-
 /// The program on one machine: this is the only place that knows the worker behind the API.
-async fn start(settings: &Settings) -> Result<Started, node::NodeError> {
+async fn start(settings: &Settings) -> Result<(Arc<Worker>, axum::Router), node::NodeError> {
     let vault = node::open(settings).await?;
     let executable = std::env::current_exe().map_err(|source| node::NodeError::File {
         path: PathBuf::from("the path of this program"),
@@ -142,7 +135,7 @@ async fn start(settings: &Settings) -> Result<Started, node::NodeError> {
         settings.allowed_origins.clone(),
         settings.host.to_string(),
     );
-    Ok(Started { worker, router: router::router(Arc::new(app), Arc::new(allowed)) })
+    Ok((worker, router::router(Arc::new(app), Arc::new(allowed))))
 }
 
 /// `HOST:PORT` as a socket address is written.

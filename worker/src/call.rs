@@ -87,10 +87,11 @@ impl Call {
         };
         let instance = Arc::clone(&slot.instance);
         let busy = Busy::new(&group, &slot.instance);
-        let (arguments, known) = self.arguments(&group).await?;
+        let Arguments { merged, known } = self.arguments(&group).await?;
+        let arguments = merged.as_deref().map_or(self.request.arguments.as_bytes(), Vec::as_slice);
         let progress = self.request.progress.then(|| self.events.clone());
         let tool = self.request.tool.as_str();
-        let begin = instance.connection.call_tool(tool, &arguments, progress);
+        let begin = instance.connection.call_tool(tool, arguments, merged.is_some(), progress);
         let mut in_flight = match timeout_at(self.deadline, begin).await {
             Ok(Ok(in_flight)) => in_flight,
             Ok(Err(_)) => return Err(Attempt::Again),
@@ -120,10 +121,7 @@ impl Call {
     }
 
     /// The arguments with the user's secrets, and the guard that keeps these out of logs.
-    async fn arguments(
-        &self,
-        group: &Arc<Group>,
-    ) -> Result<(Zeroizing<Vec<u8>>, Option<Known>), WorkerError> {
+    async fn arguments(&self, group: &Arc<Group>) -> Result<Arguments, WorkerError> {
         let record = current(&self.entry.record);
         let secrets = self
             .host
@@ -132,7 +130,7 @@ impl Call {
             .await
             .map_err(|error| error.outcome(Outcome::NotStarted))?;
         if secrets.is_empty() {
-            return Ok((Zeroizing::new(self.request.arguments.as_bytes().to_vec()), None));
+            return Ok(Arguments { merged: None, known: None });
         }
         let merged = secrets::merge(&self.request.arguments, &secrets).map_err(|_| {
             WorkerError::new(ErrorCode::InvalidRequest, "args must be a JSON object")
@@ -140,7 +138,8 @@ impl Call {
         })?;
         let id = self.host.next_id();
         group.log().redactor().remember(id, secrets.iter().map(|secret| &secret.value));
-        Ok((merged, Some(Known { group: Arc::clone(group), id })))
+        let known = Known { group: Arc::clone(group), id };
+        Ok(Arguments { merged: Some(merged), known: Some(known) })
     }
 
     fn conclude(
@@ -241,6 +240,13 @@ impl Drop for Busy {
         self.instance.in_flight.fetch_sub(1, Ordering::AcqRel);
         self.group.call_ended();
     }
+}
+
+/// What a call sends.
+struct Arguments {
+    /// The arguments with secrets in them; `None`: as the caller sent them.
+    merged: Option<Zeroizing<Vec<u8>>>,
+    known: Option<Known>,
 }
 
 /// Secrets that a call put into its arguments, for as long as their server may still speak of them.

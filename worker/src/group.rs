@@ -236,8 +236,14 @@ impl Group {
         self.retired.cancel();
         self.pool.close();
         let drained = async {
-            while self.in_flight() > 0 {
-                self.changed.notified().await;
+            loop {
+                // Listening begins before looking, so that no end of a call is missed in between.
+                let mut changed = std::pin::pin!(self.changed.notified());
+                changed.as_mut().enable();
+                if self.in_flight() == 0 {
+                    return;
+                }
+                changed.await;
             }
         };
         let _ = timeout(limits::STOP_DRAIN, drained).await;
@@ -247,6 +253,18 @@ impl Group {
         }
         let instances = std::mem::take(&mut self.state().instances);
         futures_util::future::join_all(instances.iter().map(|instance| instance.stop())).await;
+    }
+
+    /// Retires the group if it runs nothing; says whether it did. A call that was about to start it
+    /// finds it retired and asks for another.
+    pub fn dismiss(&self) -> bool {
+        let state = self.state();
+        let asleep = state.instances.is_empty() && state.busy.is_none();
+        if asleep {
+            self.retired.cancel();
+            self.pool.close();
+        }
+        asleep
     }
 
     /// To be called when a call ended.
@@ -307,13 +325,16 @@ impl Group {
         state.since = Timestamp::now();
         let group = Arc::clone(self);
         self.host.tasks.spawn(async move {
-            // At boot hundreds may want to start at once; a caller who waits goes first.
-            let permit = if background { group.host.background_starts.acquire().await.ok() } else { None };
+            let start = async {
+                // At boot hundreds may want to start at once; a caller who waits goes first.
+                let _permit =
+                    if background { group.host.background_starts.acquire().await.ok() } else { None };
+                group.start_missing().await
+            };
             let started = tokio::select! {
                 () = group.retired.cancelled() => Vec::new(),
-                started = group.start_missing() => started,
+                started = start => started,
             };
-            drop(permit);
             group.started(started);
             drop(done);
             group.changed.notify_waiters();

@@ -73,7 +73,7 @@ impl Entry {
                 }
                 if groups.users.len() >= limits::PER_USER_PROCESSES {
                     // Users whose process sleeps make room.
-                    groups.users.retain(|_, group| group.report().0 != ServerStatus::Disconnected);
+                    groups.users.retain(|_, group| !group.dismiss());
                 }
                 if groups.users.len() >= limits::PER_USER_PROCESSES {
                     let text = format!("Server {} runs for as many users as it may", self.name);
@@ -123,12 +123,10 @@ impl Entry {
         let stored = host.vault.server(&self.name).await?.map(|stored| stored.value);
         let old = current(&self.record);
         let keep = match &stored {
-            None => {
-                self.groups().removed = true;
-                false
-            }
+            None => false,
             Some(new) => new.enabled && !old.needs_restart(new),
         };
+        self.groups().removed = stored.is_none();
         if let Some(new) = stored {
             *self.record.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(new);
         }
@@ -162,15 +160,16 @@ impl Entry {
     /// What is known about it.
     pub fn report(&self) -> ServerReport {
         let groups = self.groups();
-        let mut status = ServerStatus::Disconnected;
+        let mut statuses = Vec::new();
         let mut instances = Vec::new();
         for group in groups.shared.iter().chain(groups.users.values()) {
-            let (one, reports) = group.report();
-            if instances.is_empty() && status == ServerStatus::Disconnected || one > status {
-                status = one;
-            }
+            let (status, reports) = group.report();
+            statuses.push(status);
             instances.extend(reports);
         }
+        // The best of those that run or should; what merely sleeps says nothing.
+        let awake = statuses.into_iter().filter(|status| *status != ServerStatus::Disconnected);
+        let status = awake.max().unwrap_or(ServerStatus::Disconnected);
         ServerReport {
             name: self.name.clone(),
             status,

@@ -116,9 +116,24 @@ impl Worker {
             return Ok(());
         };
         entry.refresh(&self.host).await?;
+        let in_place = {
+            let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
+            if entry.is_removed() {
+                if entries.get(server).is_some_and(|one| Arc::ptr_eq(one, &entry)) {
+                    entries.remove(server);
+                }
+                true
+            } else {
+                // It may have been taken out between its removal and its registration under the same name.
+                let one = entries.entry(server.clone()).or_insert_with(|| Arc::clone(&entry));
+                Arc::ptr_eq(one, &entry)
+            }
+        };
         if entry.is_removed() {
-            self.entries.write().unwrap_or_else(PoisonError::into_inner).remove(server);
             self.host.secrets.forget_server(server);
+        }
+        if !in_place {
+            entry.stop_all().await;
         }
         Ok(())
     }

@@ -15,7 +15,7 @@ use tokio::{
     sync::{Notify, mpsc, oneshot},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use zeroize::{Zeroize, Zeroizing};
+use zeroize::Zeroize;
 
 use super::{
     lines::{Line, Lines},
@@ -109,8 +109,24 @@ impl Ticket {
 }
 
 struct Frame {
-    bytes: Zeroizing<Vec<u8>>,
+    bytes: Vec<u8>,
+    /// It carries somebody's secrets, which are wiped when it is gone.
+    secret: bool,
     ticket: Option<Arc<Ticket>>,
+}
+
+impl Frame {
+    fn plain(bytes: Vec<u8>) -> Self {
+        Self { bytes, secret: false, ticket: None }
+    }
+}
+
+impl Drop for Frame {
+    fn drop(&mut self) {
+        if self.secret {
+            self.bytes.as_mut_slice().zeroize();
+        }
+    }
 }
 
 /// A request whose answer is awaited. Dropping it forgets the answer but tells the server nothing:
@@ -149,24 +165,24 @@ impl Connection {
 
     /// Sends a request and waits for its result.
     pub async fn request(&self, method: &str, params: &str) -> Result<RawJson, Failure> {
-        self.begin(None, |id| message::request(id, method, params)).await?.answer().await
+        self.begin(None, false, |id| message::request(id, method, params)).await?.answer().await
     }
 
-    /// Sends a tool call. `arguments` is a JSON object.
+    /// Sends a tool call. `arguments` is a JSON object; `secret` says that secrets are among them.
     pub async fn call_tool(
         &self,
         tool: &str,
         arguments: &[u8],
+        secret: bool,
         progress: Option<mpsc::Sender<CallEvent>>,
     ) -> Result<InFlight, Failure> {
         let wanted = progress.is_some();
-        self.begin(progress, |id| message::tool_call(id, tool, arguments, self.meta(), wanted)).await
+        self.begin(progress, secret, |id| message::tool_call(id, tool, arguments, self.meta(), wanted)).await
     }
 
     /// Sends a notification.
     pub async fn notify(&self, method: &str, params: Option<&str>) -> Result<(), Failure> {
-        let bytes = Zeroizing::new(message::notification(method, params));
-        let frame = Frame { bytes, ticket: None };
+        let frame = Frame::plain(message::notification(method, params));
         self.outbox.send(frame).await.map_err(|_| Failure::Closed { written: false })
     }
 
@@ -218,6 +234,7 @@ impl Connection {
     async fn begin(
         &self,
         progress: Option<mpsc::Sender<CallEvent>>,
+        secret: bool,
         line: impl FnOnce(u64) -> Vec<u8>,
     ) -> Result<InFlight, Failure> {
         let not_begun = Failure::Closed { written: false };
@@ -234,7 +251,7 @@ impl Connection {
             table.waiting.insert(id, one);
         }
         let in_flight = InFlight { id, connection: self.clone(), answer, ticket: Arc::clone(&ticket) };
-        room.send(Frame { bytes: Zeroizing::new(line(id)), ticket: Some(ticket) });
+        room.send(Frame { bytes: line(id), secret, ticket: Some(ticket) });
         Ok(in_flight)
     }
 }
@@ -255,9 +272,9 @@ impl InFlight {
             return false;
         }
         let params = format!(r#"{{"requestId":{},"reason":"{reason}"}}"#, self.id);
-        let bytes = Zeroizing::new(message::notification("notifications/cancelled", Some(&params)));
+        let frame = Frame::plain(message::notification("notifications/cancelled", Some(&params)));
         // A full outbox belongs to a server that reads nothing; it would not read this either.
-        let _ = self.connection.outbox.try_send(Frame { bytes, ticket: None });
+        let _ = self.connection.outbox.try_send(frame);
         true
     }
 }
@@ -298,23 +315,24 @@ async fn write(
     let mut buffer = Vec::with_capacity(WRITE);
     let work = async {
         while queue.recv_many(&mut frames, 64).await > 0 {
+            let mut secret = false;
             for frame in frames.drain(..) {
                 if !frame.ticket.as_ref().is_none_or(|ticket| ticket.take()) {
                     continue;
                 }
                 if buffer.len() + frame.bytes.len() > WRITE && !buffer.is_empty() {
                     input.write_all(&buffer).await?;
-                    buffer.clear();
+                    empty(&mut buffer, secret);
                 }
                 if frame.bytes.len() > WRITE {
                     input.write_all(&frame.bytes).await?;
                 } else {
+                    secret |= frame.secret;
                     buffer.extend_from_slice(&frame.bytes);
                 }
             }
             input.write_all(&buffer).await?;
-            // Calls may carry secrets: they are not left lying in the buffer.
-            buffer.zeroize();
+            empty(&mut buffer, secret);
         }
         std::io::Result::Ok(())
     };
@@ -323,6 +341,14 @@ async fn write(
         // A broken pipe: the reader sees the end of the output, which says why.
         _ = work => {}
     }
+}
+
+/// Empties the buffer. Wiping costs time for every byte, so it is done where it must be.
+fn empty(buffer: &mut Vec<u8>, secret: bool) {
+    if secret {
+        buffer.as_mut_slice().zeroize();
+    }
+    buffer.clear();
 }
 
 /// Reads lines and hands out what they say, until the output ends.
@@ -382,7 +408,7 @@ fn handle(message: Message, line: &[u8], connection: &Connection) {
             _ => {}
         },
         Message::Request { id, method } => {
-            let frame = Frame { bytes: Zeroizing::new(message::answer(&id, &method)), ticket: None };
+            let frame = Frame::plain(message::answer(&id, &method));
             // A server that asks without reading the answers gets none.
             let _ = connection.outbox.try_send(frame);
         }
