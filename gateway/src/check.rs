@@ -108,7 +108,7 @@ fn key_without_store(settings: &Settings) -> Result<String, String> {
     if let Some(key) = &settings.secrets_key {
         return match KeyMaterial::from_text(key, WeakKeys::Refuse) {
             Ok(_) => Ok("SECRETS_KEY is strong enough".to_owned()),
-            Err(error) => Err(error.to_string()),
+            Err(error) => Err(format!("SECRETS_KEY: {error}")),
         };
     }
     if let Some(path) = &settings.secrets_keys_file {

@@ -120,11 +120,7 @@ async fn run(settings: &Settings) -> ExitCode {
 /// The program on one machine: this is the only place that knows the worker behind the API.
 async fn start(settings: &Settings) -> Result<(Arc<Worker>, axum::Router), node::NodeError> {
     let vault = node::open(settings).await?;
-    let executable = std::env::current_exe().map_err(|source| node::NodeError::File {
-        path: PathBuf::from("the path of this program"),
-        source,
-    })?;
-    let worker = Worker::open(vault.clone(), executable).await?;
+    let worker = Worker::open(vault.clone(), supervisor::this_program()).await?;
     let app = app::App {
         vault,
         worker: Arc::clone(&worker) as Arc<dyn WorkerApi>,

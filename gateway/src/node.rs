@@ -71,7 +71,21 @@ impl From<VaultError> for NodeError {
 pub async fn open(settings: &Settings) -> Result<Vault, NodeError> {
     let store = EmbeddedStore::open(&settings.data_dir)?;
     let key = key(settings, &*store).await?;
-    Ok(Vault::open(store as Arc<dyn Store>, key, settings.legacy).await?)
+    Vault::open(store as Arc<dyn Store>, key, settings.legacy).await.map_err(|error| {
+        match NodeError::from(error) {
+            NodeError::Key(text) => NodeError::Key(format!("{}: {text}", key_source(settings))),
+            other => other,
+        }
+    })
+}
+
+/// Where the key comes from, for messages about it.
+pub fn key_source(settings: &Settings) -> String {
+    match (&settings.secrets_key, &settings.secrets_keys_file) {
+        (Some(_), _) => "SECRETS_KEY".to_owned(),
+        (None, Some(path)) => format!("SECRETS_KEYS_FILE ({})", path.display()),
+        (None, None) => settings.data_dir.join(KEY_FILE).display().to_string(),
+    }
 }
 
 /// The key from the settings; else the generated one, made now if nothing was ever encrypted here.

@@ -48,6 +48,12 @@ const MARKER: &str = "MCP_API_INSTANCE";
 /// Frames that may wait to be sent to the supervisor.
 const OUTBOX: usize = 1_024;
 
+/// The running executable, also when its file was replaced or removed by an upgrade meanwhile.
+pub fn this_program() -> PathBuf {
+    let running = PathBuf::from("/proc/self/exe");
+    if running.exists() { running } else { std::env::current_exe().unwrap_or(running) }
+}
+
 /// What to start.
 pub struct SpawnSpec {
     /// The program; a name without a slash is looked up in the child's `PATH`.
@@ -226,6 +232,7 @@ impl Link {
     fn open(executable: &PathBuf) -> io::Result<Arc<Self>> {
         let (ours, theirs) = UnixStream::pair()?;
         let mut process = Command::new(executable)
+            .arg0("mcp-supervisor")
             .arg(ARGUMENT)
             .env_clear()
             .stdin(Stdio::from(OwnedFd::from(theirs)))
