@@ -1,11 +1,17 @@
 //! Request bodies: read within limits, screened, taken apart into named fields with errors that say
 //! which field is wrong.
 
-use std::borrow::Cow;
+use std::{
+    borrow::Cow,
+    mem,
+    pin::Pin,
+    task::{Context, Poll},
+};
 
 use axum::body::Body;
 use bytes::Bytes;
 use http::{HeaderMap, header};
+use http_body::{Body as _, Frame, SizeHint};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use mcp_shared::{
     error::{ErrorCode, shorten},
@@ -14,9 +20,74 @@ use mcp_shared::{
 };
 use serde::{Deserialize, Deserializer, de};
 use serde_json::value::RawValue;
-use tokio::time::timeout;
+use tokio::{runtime::Handle, time::timeout};
 
 use crate::problem::Problem;
+
+/// The most bytes of a refused body that are taken in only so that its sender can read the answer.
+const DISCARDED_BYTES: usize = 64 * 1024 * 1024;
+
+/// A request's body whose rest is still taken in, and thrown away, when a handler has answered without
+/// it. A connection that is closed while the client still sends takes the answer with it: the client
+/// would see a broken pipe, and never why its request was refused.
+pub struct Discarding {
+    body: Body,
+    ended: bool,
+}
+
+impl Discarding {
+    /// Wraps the body of a request with these headers, if there is one.
+    pub fn wrap(headers: &HeaderMap, body: Body) -> Body {
+        // A client that asks before it sends is told "no" by the answer alone.
+        if headers.contains_key(header::EXPECT) || body.is_end_stream() {
+            return body;
+        }
+        Body::new(Self { body, ended: false })
+    }
+}
+
+impl http_body::Body for Discarding {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        let polled = Pin::new(&mut self.body).poll_frame(context);
+        self.ended |= matches!(polled, Poll::Ready(None | Some(Err(_))));
+        polled
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+impl Drop for Discarding {
+    fn drop(&mut self) {
+        if self.ended || self.body.is_end_stream() {
+            return;
+        }
+        if let Ok(runtime) = Handle::try_current() {
+            runtime.spawn(timeout(limits::BODY_TIMEOUT, discard(mem::take(&mut self.body))));
+        }
+    }
+}
+
+async fn discard(mut body: Body) {
+    let mut taken = 0;
+    while let Some(Ok(frame)) = body.frame().await {
+        taken += frame.data_ref().map_or(0, Bytes::len);
+        if taken > DISCARDED_BYTES {
+            return;
+        }
+    }
+}
 
 /// Reads a JSON body of at most `limit` bytes.
 pub async fn read(headers: &HeaderMap, body: Body, limit: usize) -> Result<Bytes, Problem> {
@@ -27,7 +98,7 @@ pub async fn read(headers: &HeaderMap, body: Body, limit: usize) -> Result<Bytes
     }
     let is_json =
         headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).is_some_and(is_json);
-    if !is_json && !http_body::Body::is_end_stream(&body) {
+    if !is_json && !body.is_end_stream() {
         let text = "The body must be sent with Content-Type: application/json";
         return Err(Problem::new(ErrorCode::UnsupportedMediaType, text));
     }

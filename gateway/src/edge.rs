@@ -15,7 +15,7 @@ use mcp_shared::{
     ids::RequestId,
 };
 
-use crate::problem::Problem;
+use crate::{body::Discarding, problem::Problem};
 
 /// The header that names a request.
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -115,6 +115,8 @@ pub async fn edge(State(allowed): State<Arc<Allowed>>, mut request: Request, nex
         Err(problem) => (RequestId::generate(), Err(problem)),
     };
     request.extensions_mut().insert(id.clone());
+    let body = std::mem::take(request.body_mut());
+    *request.body_mut() = Discarding::wrap(request.headers(), body);
     let mut response = match checked {
         Err(problem) => problem.into_answer(&id),
         Ok(()) => match AssertUnwindSafe(next.run(request)).catch_unwind().await {

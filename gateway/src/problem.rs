@@ -3,7 +3,7 @@
 use axum::response::{IntoResponse, Response};
 use http::{HeaderName, HeaderValue, StatusCode, header};
 use mcp_shared::{
-    error::{ErrorCode, WorkerError},
+    error::{ErrorCode, Outcome, WorkerError},
     ids::{InvalidName, RequestId},
     json::RawJson,
     vault::VaultError,
@@ -31,6 +31,13 @@ impl Problem {
     /// Adds a header to the answer.
     pub fn header(mut self, name: HeaderName, value: HeaderValue) -> Self {
         self.headers.push((name, value));
+        self
+    }
+
+    /// States that the tool call was not started, unless more is known about it: answers to tool calls
+    /// always say whether repeating them is safe.
+    pub fn not_started(mut self) -> Self {
+        self.error.outcome.get_or_insert(Outcome::NotStarted);
         self
     }
 

@@ -17,7 +17,7 @@ use mcp_shared::{
     error::{Outcome, WorkerError},
     ids::{RequestId, ServerName, ToolName},
     json::RawJson,
-    worker_api::{CallEvent, CallStream, ToolCall},
+    worker_api::{CallContext, CallEvent, CallStream, ToolCall},
 };
 use serde::{Deserialize, de::IgnoredAny};
 use serde_json::value::RawValue;
@@ -38,9 +38,27 @@ pub async fn call(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Problem> {
-    let body = app.body(&headers, body).await?;
+    let (context, call) = read_call(&app, id.clone(), &headers, body).await.map_err(Problem::not_started)?;
+    let progress = call.progress;
+    let stream = app.worker.call_tool(context, call).await?;
+    if progress {
+        return Ok(events(stream, id));
+    }
+    // Dropping this future, which the HTTP server does when the client goes away, cancels the call.
+    let result = stream.result().await?;
+    Ok(json_bytes(StatusCode::OK, success(&result)))
+}
+
+/// What is called, and on whose behalf. Whatever is wrong here, the call was not started.
+async fn read_call(
+    app: &App,
+    id: RequestId,
+    headers: &HeaderMap,
+    body: Body,
+) -> Result<(CallContext, ToolCall), Problem> {
+    let body = app.body(headers, body).await?;
     let fields = Fields::parse(&body)?;
-    let context = context(id.clone(), user(&fields)?, &headers)?;
+    let context = context(id, user(&fields)?, headers)?;
     let server = ServerName::parse_existing(&fields.required("serverName")?)?;
     let tool = ToolName::parse(&fields.required("methodName")?)?;
     let arguments = match fields.raw("args") {
@@ -48,14 +66,7 @@ pub async fn call(
         Field::Value(_) => return Err(Problem::invalid("args must be a JSON object")),
         Field::Absent | Field::Null => RawJson::empty_object(),
     };
-    let progress = wants_events(&headers);
-    let stream = app.worker.call_tool(context, ToolCall { server, tool, arguments, progress }).await?;
-    if progress {
-        return Ok(events(stream, id));
-    }
-    // Dropping this future, which the HTTP server does when the client goes away, cancels the call.
-    let result = stream.result().await?;
-    Ok(json_bytes(StatusCode::OK, success(&result)))
+    Ok((context, ToolCall { server, tool, arguments, progress: wants_events(headers) }))
 }
 
 /// `GET /mcp/tools`: the tools of all enabled servers, also of those that do not run right now.
