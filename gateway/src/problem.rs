@@ -13,7 +13,7 @@ use serde_json::{Map, Value, json};
 /// An error on its way out. The edge turns it into a document when it knows the request's id.
 #[derive(Debug, Clone)]
 pub struct Problem {
-    error: WorkerError,
+    error: Box<WorkerError>,
     headers: Vec<(HeaderName, HeaderValue)>,
 }
 
@@ -84,7 +84,7 @@ impl Problem {
 
 impl From<WorkerError> for Problem {
     fn from(error: WorkerError) -> Self {
-        Self { error, headers: Vec::new() }
+        Self { error: Box::new(error), headers: Vec::new() }
     }
 }
 

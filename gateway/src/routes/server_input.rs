@@ -115,11 +115,13 @@ fn new_transport(fields: &Fields<'_>) -> Result<Transport, Problem> {
 }
 
 fn update_transport(record: &mut ServerRecord, fields: &Fields<'_>) -> Result<(), Problem> {
-    let same = match (&record.transport, fields.text("transportType")?.value().as_deref()) {
-        (_, None) | (Transport::Stdio { .. }, Some("stdio")) => true,
-        (Transport::StreamableHttp { .. }, Some("streamable_http")) => true,
-        _ => false,
-    };
+    let wanted = fields.text("transportType")?.value();
+    let same = matches!(
+        (&record.transport, wanted.as_deref()),
+        (_, None)
+            | (Transport::Stdio { .. }, Some("stdio"))
+            | (Transport::StreamableHttp { .. }, Some("streamable_http"))
+    );
     if !same {
         record.transport = new_transport(fields)?;
         return Ok(());
