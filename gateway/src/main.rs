@@ -12,7 +12,7 @@ mod router;
 mod routes;
 mod serve;
 
-use std::{io::Write, path::PathBuf, process::ExitCode, sync::Arc};
+use std::{io::Write, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
 use clap::{Parser, Subcommand};
 use mcp_shared::{
@@ -24,6 +24,7 @@ use mcp_worker::{Worker, supervisor};
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
+    time::{Instant, timeout, timeout_at},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -31,6 +32,8 @@ use tokio_util::sync::CancellationToken;
 pub const EX_CONFIG: u8 = 78;
 /// The exit status for something that may pass, such as a data folder that is in use (`EX_TEMPFAIL`).
 const EX_TEMPFAIL: u8 = 75;
+/// How long answers may take to leave after the last server was stopped.
+const LAST_ANSWERS: Duration = Duration::from_secs(1);
 
 /// MCP servers behind one HTTP API, with every user's secrets encrypted and injected into calls.
 #[derive(Parser)]
@@ -111,8 +114,18 @@ async fn run(settings: &Settings) -> ExitCode {
         }
     };
     announce(settings, &listener);
-    let left = serve::serve(listener, router, stop, settings.shutdown_timeout).await;
-    worker.shutdown(left).await;
+    let open = serve::serve(listener, router, stop).await;
+    let drained = Instant::now() + settings.shutdown_timeout;
+    let mut answered = std::pin::pin!(open.shutdown());
+    let late = timeout_at(drained, &mut answered).await.is_err();
+    if late {
+        tracing::warn!("requests were still open when the time to stop was over");
+    }
+    worker.shutdown(drained.saturating_duration_since(Instant::now())).await;
+    if late {
+        // Calls that ended because their server was stopped have answers too.
+        let _ = timeout(LAST_ANSWERS, answered).await;
+    }
     tracing::info!("stopped");
     ExitCode::SUCCESS
 }

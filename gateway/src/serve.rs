@@ -10,24 +10,15 @@ use hyper_util::{
     service::TowerToHyperService,
 };
 use mcp_shared::limits;
-use tokio::{
-    net::TcpListener,
-    sync::Semaphore,
-    time::{Instant, timeout},
-};
+use tokio::{net::TcpListener, sync::Semaphore};
 use tokio_util::sync::CancellationToken;
 
 /// How long to wait before accepting again when the system has no more descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Serves until `stop`; then takes no more connections and returns when the open requests are
-/// answered, at most after `drain`. Returns what is left of that time.
-pub async fn serve(
-    listener: TcpListener,
-    router: Router,
-    stop: CancellationToken,
-    drain: Duration,
-) -> Duration {
+/// Serves until `stop`; then takes no more connections and returns those that are open, to be waited
+/// for.
+pub async fn serve(listener: TcpListener, router: Router, stop: CancellationToken) -> GracefulShutdown {
     let graceful = GracefulShutdown::new();
     let room = Arc::new(Semaphore::new(limits::CONNECTIONS));
     let mut http = http1::Builder::new();
@@ -63,12 +54,7 @@ pub async fn serve(
             drop(permit);
         });
     }
-    let stopping = Instant::now();
-    drop(listener);
-    if timeout(drain, graceful.shutdown()).await.is_err() {
-        tracing::warn!("requests were still open when the time to stop was over");
-    }
-    drain.saturating_sub(stopping.elapsed())
+    graceful
 }
 
 fn is_of_one_connection(error: &io::Error) -> bool {

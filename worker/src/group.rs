@@ -19,7 +19,7 @@ use mcp_shared::{
     worker_api::{InstanceReport, ServerStatus},
 };
 use tokio::{
-    sync::{Notify, watch},
+    sync::{Notify, futures::Notified, watch},
     time::{Instant, timeout, timeout_at},
 };
 use tokio_util::sync::CancellationToken;
@@ -60,6 +60,7 @@ struct State {
     /// Crashes and failed starts in a row.
     failures: u32,
     not_before: Instant,
+    /// Why it does not run, until it does.
     trouble: Option<Trouble>,
     /// What went wrong last, also when it is mended.
     last_error: Option<String>,
@@ -71,9 +72,12 @@ struct State {
 
 #[derive(Clone)]
 struct Trouble {
+    /// For whoever runs the server: it may quote the server's own words.
     text: String,
     /// It never came up. (Otherwise it ran and died, so that waiting for it makes sense.)
     at_start: bool,
+    /// Secrets that its user has not set and that its environment should have had.
+    missing: Vec<String>,
 }
 
 /// Why a call got no slot.
@@ -82,6 +86,16 @@ pub enum NoSlot {
     Retired,
     /// For the caller.
     Error(WorkerError),
+}
+
+/// What has to happen before a process can be connected.
+enum Wait<'a> {
+    /// The end of a start or a stop.
+    Busy(watch::Receiver<()>),
+    /// The end of a process.
+    Change(Notified<'a>),
+    /// The end of the pause after a failure.
+    Until(Instant),
 }
 
 /// The right to one call in flight on one instance.
@@ -181,7 +195,7 @@ impl Group {
     /// Waits until a process is connected. `force`: does not wait out the pause after a failure.
     pub async fn ensure_running(self: &Arc<Self>, deadline: Instant, mut force: bool) -> Result<(), NoSlot> {
         loop {
-            let busy = {
+            let wait = {
                 let mut state = self.state();
                 if self.retired.is_cancelled() {
                     return Err(NoSlot::Retired);
@@ -193,22 +207,25 @@ impl Group {
                 let pause =
                     if force { Duration::ZERO } else { state.not_before.saturating_duration_since(now) };
                 match (&state.busy, &state.trouble) {
-                    (Some(busy), _) => Ok(busy.clone()),
+                    (Some(busy), _) => Wait::Busy(busy.clone()),
+                    // The last one is on its way out: its end decides when there is another.
+                    _ if !state.instances.is_empty() => Wait::Change(self.changed.notified()),
                     (None, Some(trouble))
                         if !pause.is_zero() && (trouble.at_start || now + pause >= deadline) =>
                     {
-                        return Err(not_started(self.unavailable(&trouble.text, pause)));
+                        return Err(not_started(self.unavailable(trouble, pause)));
                     }
-                    _ if !pause.is_zero() => Err(now + pause),
-                    _ => Ok(self.begin_start(&mut state, false)),
+                    _ if !pause.is_zero() => Wait::Until(now + pause),
+                    _ => Wait::Busy(self.begin_start(&mut state, false)),
                 }
             };
-            force = false;
-            let waited = match busy {
-                Ok(mut busy) => {
+            let waited = match wait {
+                Wait::Busy(mut busy) => {
+                    force = false;
                     timeout_at(deadline, async move { while busy.changed().await.is_ok() {} }).await
                 }
-                Err(pause_end) => timeout_at(deadline, tokio::time::sleep_until(pause_end)).await,
+                Wait::Change(changed) => timeout_at(deadline, changed).await,
+                Wait::Until(pause_end) => timeout_at(deadline, tokio::time::sleep_until(pause_end)).await,
             };
             if waited.is_err() {
                 let text = format!("Server {} is starting", self.server);
@@ -246,7 +263,11 @@ impl Group {
                 changed.await;
             }
         };
-        let _ = timeout(limits::STOP_DRAIN, drained).await;
+        tokio::select! {
+            _ = timeout(limits::STOP_DRAIN, drained) => {}
+            // The calls had their time before the worker came to this.
+            () = self.host.stopping.cancelled() => {}
+        }
         let busy = self.state().busy.clone();
         if let Some(mut busy) = busy {
             while busy.changed().await.is_ok() {}
@@ -325,16 +346,17 @@ impl Group {
         state.since = Timestamp::now();
         let group = Arc::clone(self);
         self.host.tasks.spawn(async move {
-            let start = async {
-                // At boot hundreds may want to start at once; a caller who waits goes first.
-                let _permit =
-                    if background { group.host.background_starts.acquire().await.ok() } else { None };
-                group.start_missing().await
+            // At boot hundreds may want to start at once; a caller who waits goes first.
+            let permit = if background {
+                tokio::select! {
+                    permit = group.host.background_starts.acquire() => permit.ok(),
+                    () = group.retired.cancelled() => None,
+                }
+            } else {
+                None
             };
-            let started = tokio::select! {
-                () = group.retired.cancelled() => Vec::new(),
-                started = start => started,
-            };
+            let started = group.start_missing().await;
+            drop(permit);
             group.started(started);
             drop(done);
             group.changed.notify_waiters();
@@ -343,43 +365,44 @@ impl Group {
     }
 
     /// Starts as many processes as are missing, side by side.
-    async fn start_missing(self: &Arc<Self>) -> Vec<Result<Arc<Instance>, String>> {
+    async fn start_missing(self: &Arc<Self>) -> Vec<Result<Arc<Instance>, Trouble>> {
+        if self.retired.is_cancelled() {
+            return Vec::new();
+        }
         let record = current(&self.record);
         let running = self.state().instances.iter().filter(|instance| instance.is_open()).count();
         let missing = record.instance_limit().saturating_sub(running);
         futures_util::future::join_all((0..missing).map(|_| self.start_one(&record))).await
     }
 
-    async fn start_one(&self, record: &ServerRecord) -> Result<Arc<Instance>, String> {
+    async fn start_one(&self, record: &ServerRecord) -> Result<Arc<Instance>, Trouble> {
+        let failed = |text, missing| Trouble { text, at_start: true, missing };
         let Transport::Stdio { command, args, env } = &record.transport else {
-            return Err("servers of this transport are not supported by this version".to_owned());
+            let text = "servers of this transport are not supported by this version".to_owned();
+            return Err(failed(text, Vec::new()));
         };
-        let secret_env = self.host.secret_env(self.user.as_ref(), record).await?;
+        let secret_env = self.host.secret_env(self.user.as_ref(), record).await;
+        let secret_env = secret_env.map_err(|text| failed(text, Vec::new()))?;
         // What the process knows for as long as it lives must not show up in its log.
         self.log.redactor().remember(self.host.next_id(), secret_env.values.iter());
         let launch = Launch { command, args, env: &env.0, secret_env: secret_env.variables };
         let limit = record.startup_limit();
-        Instance::start(launch, limit, &self.log, &self.host.supervisor, &self.host.tasks).await.map_err(
-            |error| match secret_env.missing.as_slice() {
-                [] => error,
-                missing => {
-                    format!("{error} (secrets that are not set for this user: {})", missing.join(", "))
-                }
-            },
-        )
+        let host = &self.host;
+        let started =
+            Instance::start(launch, limit, &self.retired, &self.log, &host.supervisor, &host.tasks).await;
+        started.map_err(|text| failed(text, secret_env.missing))
     }
 
     /// Takes in what a start brought.
-    fn started(self: &Arc<Self>, started: Vec<Result<Arc<Instance>, String>>) {
+    fn started(self: &Arc<Self>, started: Vec<Result<Arc<Instance>, Trouble>>) {
         let mut state = self.state();
         state.busy = None;
         for one in started {
             match one {
+                // Whoever retires the group waits for this start, and then stops what it brought.
+                Ok(instance) if self.retired.is_cancelled() => state.instances.push(instance),
+                Err(_) if self.retired.is_cancelled() => {}
                 Ok(instance) => {
-                    if self.retired.is_cancelled() {
-                        self.host.tasks.spawn(async move { instance.stop().await });
-                        continue;
-                    }
                     tracing::info!(server = %self.server, pid = instance.pid, "server connected");
                     state.trouble = None;
                     state.since = instance.since;
@@ -387,7 +410,7 @@ impl Group {
                     self.host.tasks.spawn(watch_instance(Arc::clone(self), Arc::clone(&instance)));
                     state.instances.push(instance);
                 }
-                Err(text) => self.fail(&mut state, Trouble { text, at_start: true }, None),
+                Err(trouble) => self.fail(&mut state, trouble, None),
             }
         }
     }
@@ -398,7 +421,8 @@ impl Group {
         state.instances.retain(|one| !Arc::ptr_eq(one, instance));
         if !instance.is_stopping() && !self.retired.is_cancelled() {
             let text = format!("the process {exit}");
-            self.fail(&mut state, Trouble { text, at_start: false }, Some(instance.started.elapsed()));
+            let trouble = Trouble { text, at_start: false, missing: Vec::new() };
+            self.fail(&mut state, trouble, Some(instance.started.elapsed()));
         }
         drop(state);
         self.changed.notify_waiters();
@@ -460,8 +484,14 @@ impl Group {
         self.state().instances.iter().map(|instance| instance.in_flight.load(Ordering::Acquire)).sum()
     }
 
-    fn unavailable(&self, trouble: &str, pause: Duration) -> WorkerError {
-        let text = format!("Server {} is not available: {trouble}", self.server);
+    /// What a caller is told. Why it fails stands in the server's document, for those who run it.
+    fn unavailable(&self, trouble: &Trouble, pause: Duration) -> WorkerError {
+        let why = if trouble.at_start { "it could not be started" } else { "its process keeps ending" };
+        let missing = match trouble.missing.as_slice() {
+            [] => String::new(),
+            missing => format!(" (secrets that are not set for this user: {})", missing.join(", ")),
+        };
+        let text = format!("Server {} is not available: {why}{missing}", self.server);
         WorkerError::new(ErrorCode::ServerUnavailable, text)
             .with("serverName", self.server.as_str())
             .retry_after(pause)

@@ -95,11 +95,12 @@ impl Launch<'_> {
 }
 
 impl Instance {
-    /// Starts a process and waits until it listed its tools, at most for `limit`. The error is a
-    /// sentence for people; the process is gone then.
+    /// Starts a process and waits until it listed its tools, at most for `limit` and no longer than
+    /// until `given_up`. The error is a sentence for people; the process is gone then.
     pub async fn start(
         launch: Launch<'_>,
         limit: Duration,
+        given_up: &CancellationToken,
         log: &Arc<Log>,
         supervisor: &Supervisor,
         tasks: &TaskTracker,
@@ -121,21 +122,25 @@ impl Instance {
             mcp::negotiate(&connection).await?;
             mcp::list_tools(&connection).await
         };
-        let tools = match tokio::time::timeout_at(deadline, greet).await {
+        let greeted = tokio::select! {
+            greeted = tokio::time::timeout_at(deadline, greet) => greeted,
+            () = given_up.cancelled() => Ok(Err(mcp::Refusal("it is no longer wanted".to_owned()))),
+        };
+        let tools = match greeted {
             Ok(Ok(tools)) => tools,
-            Ok(Err(refusal)) => {
+            failed => {
                 // A process that ended explains more than the connection it closed.
-                let mut ended = ended.clone();
-                let exit =
-                    if connection.is_open() { None } else { wait_for_end(&mut ended, LAST_OUTPUT * 2).await };
+                let exit = if connection.is_open() { None } else { Some(wait_for_end(&ended).await) };
+                drop(guard);
+                wait_for_end(&ended).await;
                 let _ = timeout(LAST_OUTPUT, stderr).await;
-                return Err(match exit {
-                    Some(exit) => explain_exit(exit, log),
-                    None => format!("the server was started, but {refusal}"),
+                return Err(match (exit, failed) {
+                    (Some(exit), _) => explain_exit(exit, log),
+                    (None, Ok(Err(refusal))) => format!("the server was started, but {refusal}"),
+                    (None, _) => {
+                        format!("the server did not list its tools within {} ms", limit.as_millis())
+                    }
                 });
-            }
-            Err(_) => {
-                return Err(format!("the server did not list its tools within {} ms", limit.as_millis()));
             }
         };
         drop(guard.disarm());
@@ -175,11 +180,7 @@ impl Instance {
 
     /// Waits for its end.
     pub async fn ended(&self) -> Exit {
-        let mut ended = self.ended.clone();
-        match ended.wait_for(Option::is_some).await {
-            Ok(exit) => exit.unwrap_or(Exit::Lost),
-            Err(_) => Exit::Lost,
-        }
+        wait_for_end(&self.ended).await
     }
 
     /// Ends it: closes its input, then SIGTERM, then SIGKILL to its group, and waits until it is reaped.
@@ -190,10 +191,10 @@ impl Instance {
     }
 }
 
-async fn wait_for_end(ended: &mut watch::Receiver<Option<Exit>>, limit: Duration) -> Option<Exit> {
-    match timeout(limit, ended.wait_for(Option::is_some)).await {
-        Ok(Ok(exit)) => *exit,
-        _ => None,
+async fn wait_for_end(ended: &watch::Receiver<Option<Exit>>) -> Exit {
+    match ended.clone().wait_for(Option::is_some).await {
+        Ok(exit) => exit.unwrap_or(Exit::Lost),
+        Err(_) => Exit::Lost,
     }
 }
 
@@ -217,13 +218,9 @@ async fn watch_over(
     ended: watch::Sender<Option<Exit>>,
 ) {
     let exit = tokio::select! {
-        exit = child.exited() => {
-            // Answers that it wrote before it ended still count.
-            let _ = timeout(LAST_OUTPUT, connection.output_ended()).await;
-            exit
-        }
-        () = connection.output_ended() => {
-            // A server that closed its output can answer nothing more.
+        exit = child.exited() => exit,
+        () = connection.broken() => {
+            // A server that closed its input or its output is of no more use. Most are just ending.
             match timeout(LAST_OUTPUT, child.exited()).await {
                 Ok(exit) => exit,
                 Err(_) => { child.kill(); child.exited().await }
@@ -243,6 +240,8 @@ async fn watch_over(
             }
         }
     };
+    // Answers that it wrote before it ended still count.
+    let _ = timeout(LAST_OUTPUT, connection.output_ended()).await;
     connection.close();
     ended.send_replace(Some(exit));
 }

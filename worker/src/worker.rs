@@ -149,7 +149,9 @@ impl Worker {
                 return Ok(entry.report());
             }
         }
-        let deadline = Instant::now() + record.startup_limit() + Duration::from_secs(1);
+        // A process that did not come up in time still has to go before the start is over.
+        let end = limits::STOP_EOF + limits::STOP_TERM + Duration::from_secs(1);
+        let deadline = Instant::now() + record.startup_limit() + end;
         loop {
             match entry.group(user, &self.host)?.ensure_running(deadline, true).await {
                 Err(NoSlot::Retired) => entry.settled().await,

@@ -4,8 +4,12 @@
 // A test that cannot set up what it needs has failed, and a panic is how it says so.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod calls;
 mod compat;
 mod deployment;
+mod framing;
+mod lifecycle;
+mod processes;
 mod smoke;
 
 /// The first argument that turns this test binary into the MCP server that it tests with. So the server

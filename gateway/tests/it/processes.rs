@@ -341,7 +341,7 @@ async fn calls_in_flight_finish_before_the_end() {
 #[tokio::test]
 async fn a_call_that_does_not_finish_cannot_stop_the_end() {
     let mut api = Deployment::builder().env("SHUTDOWN_TIMEOUT_SECONDS", "1").start().await;
-    api.add_fixture("hang", &["--more", "--linger"], json!({})).await;
+    api.add_fixture("hang", &["--more"], json!({})).await;
     let pid = api.pids("hang").await[0];
     let (answer, ()) = tokio::join!(api.call("hang", "hang", json!({})), async {
         eventually("the call is in flight", async || in_flight_of(&api, "hang").await == 1).await;

@@ -63,6 +63,9 @@ impl Supervised {
         let mut signals = SigSet::empty();
         signals.add(Signal::SIGCHLD);
         signals.thread_block()?;
+        // Service managers and terminals signal more processes than the one that they started. The
+        // worker decides when the servers go; its own end is what ends this process.
+        SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP]).thread_block()?;
         Ok(Self { socket, children: HashMap::new(), mark: std::process::id().to_string(), signals })
     }
 
@@ -168,10 +171,12 @@ impl Supervised {
             .stdout(Stdio::from(stdout))
             .stderr(Stdio::from(stderr))
             .process_group(0);
-        // SAFETY: the closure runs between fork and exec and makes one system call, which is
-        // async-signal-safe. Should this process be killed, its direct children go with it.
+        // SAFETY: the closures run between fork and exec, and each makes one system call, which is
+        // async-signal-safe. Should this process be killed, its direct children go with it. And a
+        // child must not inherit the signals that are blocked here: one that starts processes itself
+        // would never hear of their end.
         unsafe {
-            command.pre_exec(die_with_parent);
+            command.pre_exec(die_with_parent).pre_exec(unblock_signals);
         }
         let child = command.spawn()?;
         let pid = i32::try_from(child.id()).map_err(io::Error::other)?;
@@ -296,6 +301,10 @@ fn mark(pid: Pid) -> Option<String> {
     environment.split(|byte| *byte == 0).find_map(|entry| {
         entry.strip_prefix(prefix.as_bytes()).map(|mark| String::from_utf8_lossy(mark).into_owned())
     })
+}
+
+fn unblock_signals() -> io::Result<()> {
+    SigSet::empty().thread_set_mask().map_err(io::Error::from)
 }
 
 #[cfg(target_os = "linux")]

@@ -66,6 +66,8 @@ struct Shared {
     close_input: CancellationToken,
     /// The child's output has ended.
     output_ended: CancellationToken,
+    /// The child's input or output has ended: nothing more can be asked and answered.
+    broken: CancellationToken,
     ignored: AtomicU64,
 }
 
@@ -155,10 +157,12 @@ impl Connection {
             tools_changed: Notify::new(),
             close_input: CancellationToken::new(),
             output_ended: CancellationToken::new(),
+            broken: CancellationToken::new(),
             ignored: AtomicU64::new(0),
         });
         let connection = Self { shared, outbox };
-        tasks.spawn(write(input, queue, connection.shared.close_input.clone()));
+        let (close_input, broken) = (&connection.shared.close_input, &connection.shared.broken);
+        tasks.spawn(write(input, queue, close_input.clone(), broken.clone()));
         tasks.spawn(read(output, connection.clone()));
         connection
     }
@@ -211,6 +215,11 @@ impl Connection {
         self.shared.output_ended.cancelled().await;
     }
 
+    /// Waits until the server closed its input or its output.
+    pub async fn broken(&self) {
+        self.shared.broken.cancelled().await;
+    }
+
     /// Ends all calls in flight and lets no new one begin.
     pub fn close(&self) {
         self.shared.close_input.cancel();
@@ -228,7 +237,8 @@ impl Connection {
 
     /// Whether calls can begin.
     pub fn is_open(&self) -> bool {
-        !self.shared.table().closed && !self.shared.close_input.is_cancelled()
+        let shared = &self.shared;
+        !shared.table().closed && !shared.close_input.is_cancelled() && !shared.broken.is_cancelled()
     }
 
     async fn begin(
@@ -310,6 +320,7 @@ async fn write(
     mut input: impl AsyncWrite + Unpin,
     mut queue: mpsc::Receiver<Frame>,
     close: CancellationToken,
+    broken: CancellationToken,
 ) {
     let mut frames = Vec::with_capacity(64);
     let mut buffer = Vec::with_capacity(WRITE);
@@ -338,8 +349,8 @@ async fn write(
     };
     tokio::select! {
         () = close.cancelled() => {}
-        // A broken pipe: the reader sees the end of the output, which says why.
-        _ = work => {}
+        // A broken pipe: usually the process has ended, and the reader sees that too.
+        _ = work => broken.cancel(),
     }
 }
 
@@ -383,6 +394,7 @@ async fn read(output: impl AsyncRead + Unpin, connection: Connection) {
             Ok(None) | Err(_) => break,
         }
     }
+    shared.broken.cancel();
     shared.output_ended.cancel();
 }
 
