@@ -66,8 +66,12 @@ async fn findings(settings: &Settings) -> Vec<Finding> {
         findings.push(("key", key_without_store(settings)));
         return findings;
     }
-    match node::open(settings).await {
-        Ok(vault) => {
+    match node::inspect(settings).await {
+        Ok(None) => {
+            findings.push(("store", Ok("opens, and was never used".to_owned())));
+            findings.push(("key", key_without_store(settings)));
+        }
+        Ok(Some(vault)) => {
             let servers = vault.servers().await.map(|servers| servers.len());
             findings.push((
                 "store",

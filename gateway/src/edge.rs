@@ -43,10 +43,13 @@ impl Allowed {
     /// those whose head says two things at once.
     fn check(&self, request: &Request) -> Result<(), Problem> {
         let headers = request.headers();
-        let host = single(headers, &header::HOST)?
-            .or_else(|| request.uri().authority().map(|authority| authority.as_str().to_owned()))
-            .ok_or_else(|| Problem::invalid("The Host header is required"))?;
-        if !self.host_allowed(&host) {
+        let host = single(headers, &header::HOST)?;
+        // A target may name the host as well (`GET http://host/path`), and then that is who is meant.
+        let target = request.uri().authority().map(|authority| authority.as_str().to_owned());
+        if host.is_none() && target.is_none() {
+            return Err(Problem::invalid("The Host header is required"));
+        }
+        if host.into_iter().chain(target).any(|host| !self.host_allowed(&host)) {
             return Err(Problem::new(
                 ErrorCode::HostNotAllowed,
                 "The Host header names a host that is not allowed",

@@ -12,10 +12,10 @@ use mcp_shared::{
     config::Settings,
     crypter::KeyError,
     store::{
-        Fact, Store, StoreError,
+        Store, StoreError,
         embedded::{EmbeddedStore, OpenError},
     },
-    vault::{KeySource, Vault, VaultError},
+    vault::{self, KeySource, Vault, VaultError},
 };
 
 use secrecy::{ExposeSecret, SecretString};
@@ -70,13 +70,25 @@ impl From<VaultError> for NodeError {
 /// Opens store and vault below `DATA_DIR`, and makes a key on the first start.
 pub async fn open(settings: &Settings) -> Result<Vault, NodeError> {
     let store = EmbeddedStore::open(&settings.data_dir)?;
-    let key = key(settings, &*store).await?;
-    Vault::open(store as Arc<dyn Store>, key, settings.legacy).await.map_err(|error| {
-        match NodeError::from(error) {
-            NodeError::Key(text) => NodeError::Key(format!("{}: {text}", key_source(settings))),
-            other => other,
+    let key = match key(settings, &*store).await? {
+        Some(key) => key,
+        None => {
+            let path = settings.data_dir.join(KEY_FILE);
+            generate(&path)?;
+            tracing::info!(path = %path.display(), "a new key was generated; without this file stored secrets cannot be read");
+            read(settings, &path)?
         }
-    })
+    };
+    Vault::open(store as Arc<dyn Store>, key, settings.legacy).await.map_err(|error| named(settings, error))
+}
+
+/// Opens a store that is there already to look into it, and adds nothing. `None`: it was never used, and
+/// the first start will make a key.
+pub async fn inspect(settings: &Settings) -> Result<Option<Vault>, NodeError> {
+    let store = EmbeddedStore::open(&settings.data_dir)?;
+    let Some(key) = key(settings, &*store).await? else { return Ok(None) };
+    let opened = Vault::inspect(store as Arc<dyn Store>, key, settings.legacy).await;
+    opened.map(Some).map_err(|error| named(settings, error))
 }
 
 /// Where the key comes from, for messages about it.
@@ -88,33 +100,44 @@ pub fn key_source(settings: &Settings) -> String {
     }
 }
 
-/// The key from the settings; else the generated one, made now if nothing was ever encrypted here.
-async fn key(settings: &Settings, store: &dyn Store) -> Result<KeySource, NodeError> {
+/// An error about the key says which one is meant.
+fn named(settings: &Settings, error: VaultError) -> NodeError {
+    match NodeError::from(error) {
+        NodeError::Key(text) => NodeError::Key(format!("{}: {text}", key_source(settings))),
+        other => other,
+    }
+}
+
+/// The key from the settings, else the one that was generated here. `None`: nothing was ever encrypted
+/// here, so that a new key takes nothing away.
+async fn key(settings: &Settings, store: &dyn Store) -> Result<Option<KeySource>, NodeError> {
     if let Some(key) = &settings.secrets_key {
-        return Ok(KeySource::Text(key.clone()));
+        return Ok(Some(KeySource::Text(key.clone())));
     }
     if let Some(path) = &settings.secrets_keys_file {
-        return read(path).map(KeySource::RingFile);
+        return read(settings, path).map(Some);
     }
     let path = settings.data_dir.join(KEY_FILE);
     if path.exists() {
-        return read(&path).map(KeySource::RingFile);
+        return read(settings, &path).map(Some);
     }
-    if store.fact(Fact::KeyRing, "kcv:k1").await?.is_some() {
+    if vault::was_used(store).await? {
         return Err(NodeError::Key(format!(
-            "the data in {} was encrypted with a key that is not here: put {} back, or set SECRETS_KEY to the key that was used",
+            "the data in {} was encrypted with a key that is not here: put {} back, or set SECRETS_KEY or \
+             SECRETS_KEYS_FILE to the key that was used",
             settings.data_dir.display(),
             path.display(),
         )));
     }
-    generate(&path)?;
-    tracing::info!(path = %path.display(), "a new key was generated; without this file stored secrets cannot be read");
-    read(&path).map(KeySource::RingFile)
+    Ok(None)
 }
 
-fn read(path: &Path) -> Result<SecretString, NodeError> {
-    let contents = std::fs::read_to_string(path);
-    contents.map(SecretString::from).map_err(|source| NodeError::File { path: path.to_owned(), source })
+/// Reads a key ring. One that cannot be read is a mistake in the settings, not a fault that passes.
+fn read(settings: &Settings, path: &Path) -> Result<KeySource, NodeError> {
+    let contents = std::fs::read_to_string(path).map(SecretString::from);
+    contents
+        .map(KeySource::RingFile)
+        .map_err(|error| NodeError::Key(format!("{} cannot be read: {error}", key_source(settings))))
 }
 
 /// Writes a new key where only the owner can read it. It is complete under its name or not there.

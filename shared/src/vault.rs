@@ -19,6 +19,17 @@ use crate::{
 
 /// The fact that holds the salt of the passphrase.
 const SALT_FACT: &str = "argon2-salt";
+/// The fact that holds the id of the key that a store was first used with.
+const FIRST_KEY_FACT: &str = "first-key";
+
+/// What opening a vault may leave behind in its store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Purpose {
+    /// The check values of keys that the store has not seen, and the salt of its first passphrase.
+    Use,
+    /// Nothing.
+    Inspect,
+}
 
 /// Where the encryption key comes from.
 #[derive(Debug, Clone)]
@@ -132,6 +143,25 @@ impl Vault {
         key: KeySource,
         legacy: Option<LegacyMode>,
     ) -> Result<Self, VaultError> {
+        Self::open_for(Purpose::Use, store, key, legacy).await
+    }
+
+    /// Opens a store to look into it: as [`Vault::open`], but a key that the store has not seen is not
+    /// recorded as one of its own.
+    pub async fn inspect(
+        store: Arc<dyn Store>,
+        key: KeySource,
+        legacy: Option<LegacyMode>,
+    ) -> Result<Self, VaultError> {
+        Self::open_for(Purpose::Inspect, store, key, legacy).await
+    }
+
+    async fn open_for(
+        purpose: Purpose,
+        store: Arc<dyn Store>,
+        key: KeySource,
+        legacy: Option<LegacyMode>,
+    ) -> Result<Self, VaultError> {
         let has_legacy_rows = store.legacy_secrets().await? > 0;
         let mode = legacy.unwrap_or(if has_legacy_rows { LegacyMode::Rw } else { LegacyMode::Off });
         let needs_legacy = has_legacy_rows && mode != LegacyMode::Off;
@@ -141,7 +171,9 @@ impl Vault {
                 let weak = if needs_legacy { WeakKeys::LegacyOnly } else { WeakKeys::Refuse };
                 match KeyMaterial::from_text(&text, weak)? {
                     KeyMaterial::Ready(ring) => ring,
-                    KeyMaterial::Passphrase(passphrase) => stretch(store.as_ref(), passphrase).await?,
+                    KeyMaterial::Passphrase(passphrase) => {
+                        stretch(purpose, store.as_ref(), passphrase).await?
+                    }
                 }
             }
         };
@@ -149,7 +181,7 @@ impl Vault {
         if needs_legacy && !ring.has_legacy() {
             return Err(KeyError::NoLegacyKey.into());
         }
-        check_keys(store.as_ref(), &ring).await?;
+        check_keys(purpose, store.as_ref(), &ring).await?;
         let crypter = Crypter::new(ring, mode)?;
         warn_about(&crypter);
         Ok(Self { store, crypter: Arc::new(crypter) })
@@ -353,22 +385,62 @@ fn what(kind: &str, name: &str, server: &ServerName) -> String {
     format!("{kind} {} of server {}", shorten(name, 64), shorten(server.as_str(), 64))
 }
 
+/// Whether a store was ever opened with a key of our own. Without that key it is not to be used.
+pub async fn was_used(store: &dyn Store) -> Result<bool, StoreError> {
+    Ok(store.fact(Fact::KeyRing, FIRST_KEY_FACT).await?.is_some())
+}
+
 /// Turns a passphrase into a key with the store's salt, which the first node makes.
-async fn stretch(store: &dyn Store, passphrase: Passphrase) -> Result<KeyRing, VaultError> {
-    let new = Salt::generate()?.to_string();
-    let salt = Salt::parse(&store.put_once(Fact::KeyRing, SALT_FACT, &new).await?)?;
+async fn stretch(purpose: Purpose, store: &dyn Store, passphrase: Passphrase) -> Result<KeyRing, VaultError> {
+    let salt = match store.fact(Fact::KeyRing, SALT_FACT).await? {
+        Some(salt) => salt,
+        // It was used without a passphrase, so this one is not its key and leaves nothing behind.
+        None if was_used(store).await? => {
+            return Err(VaultError::KeyMismatch { kid: TEXT_KID.to_owned() });
+        }
+        None => {
+            let new = Salt::generate()?.to_string();
+            match purpose {
+                Purpose::Use => store.put_once(Fact::KeyRing, SALT_FACT, &new).await?,
+                Purpose::Inspect => new,
+            }
+        }
+    };
+    let salt = Salt::parse(&salt)?;
     let ring = tokio::task::spawn_blocking(move || passphrase.derive(&salt)).await;
     Ok(ring.map_err(|_| KeyError::Derivation)??)
 }
 
 /// Compares this node's keys with those that the store was used with before, and records new ones. A
 /// node with another key would write what the rest of the fleet cannot read.
-async fn check_keys(store: &dyn Store, ring: &KeyRing) -> Result<(), VaultError> {
+async fn check_keys(purpose: Purpose, store: &dyn Store, ring: &KeyRing) -> Result<(), VaultError> {
     let fact = |kid: &str| format!("kcv:{kid}");
+    let mut known = false;
+    let mut new = Vec::new();
     for kid in ring.kids() {
         let own = ring.check_value(kid).ok_or(KeyError::Derivation)?;
-        if store.put_once(Fact::KeyRing, &fact(kid), &own).await? != own {
-            return Err(VaultError::KeyMismatch { kid: kid.to_owned() });
+        match store.fact(Fact::KeyRing, &fact(kid)).await? {
+            Some(stored) if stored == own => known = true,
+            Some(_) => return Err(VaultError::KeyMismatch { kid: kid.to_owned() }),
+            None => new.push((kid, own)),
+        }
+    }
+    // A new key stands beside an old one until nothing needs that any more. With new keys alone nothing
+    // that is stored could be read.
+    if let (Some((kid, _)), false) = (new.first(), known)
+        && was_used(store).await?
+    {
+        return Err(VaultError::KeyMismatch { kid: (*kid).to_owned() });
+    }
+    if purpose == Purpose::Use {
+        for (kid, own) in new {
+            // Another node may have been faster, with another key.
+            if store.put_once(Fact::KeyRing, &fact(kid), &own).await? != own {
+                return Err(VaultError::KeyMismatch { kid: kid.to_owned() });
+            }
+        }
+        if let Some(first) = ring.kids().next() {
+            store.put_once(Fact::KeyRing, FIRST_KEY_FACT, first).await?;
         }
     }
     // A weak key has no check value, which would help to guess it. Where a strong one has been used,
@@ -802,7 +874,10 @@ mod tests {
         opened(&store, KEY, None).await;
         assert_eq!(
             store.state().facts,
-            BTreeMap::from([("kcv:k1".to_owned(), "555b9c5f5496a81a".to_owned())])
+            BTreeMap::from([
+                ("kcv:k1".to_owned(), "555b9c5f5496a81a".to_owned()),
+                (FIRST_KEY_FACT.to_owned(), "k1".to_owned()),
+            ])
         );
         opened(&store, KEY, None).await;
         store.state().secrets = old_store().state().secrets.clone();
@@ -813,7 +888,15 @@ mod tests {
         }
         // A new key under a new name is welcome beside the old one, which is compared as well.
         store.state().secrets.clear();
-        let ring = format!("k2:__79_Pv6-fj39vX08_Lx8O_u7ezr6uno5-bl5OPi4eA\n{RING}");
+        let new = "k2:__79_Pv6-fj39vX08_Lx8O_u7ezr6uno5-bl5OPi4eA";
+        let error = refusal(&store, KeySource::RingFile(new.into()), None).await;
+        assert!(matches!(&error, VaultError::KeyMismatch { kid } if kid == "k2"), "{error:?}");
+        let ring = format!("{new}\n{RING}");
+        let facts = store.state().facts.clone();
+        Vault::inspect(store.clone(), KeySource::RingFile(ring.as_str().into()), None).await.unwrap();
+        let error = refusal(&store, text(PASSPHRASE), None).await;
+        assert!(matches!(error, VaultError::KeyMismatch { .. }), "{error:?}");
+        assert_eq!(store.state().facts, facts, "looking and being refused leave nothing behind");
         Vault::open(store.clone(), KeySource::RingFile(ring.as_str().into()), None).await.unwrap();
         assert!(store.state().facts.contains_key("kcv:k2"));
         let swapped = ring.replace("k1", "k3").replace("k2", "k1");

@@ -22,6 +22,7 @@ use zeroize::Zeroizing;
 use crate::{
     group::{Group, NoSlot, current},
     host::Host,
+    logs::Known,
     registry::Entry,
     secrets,
     transport::{RpcError, stdio::Failure},
@@ -137,8 +138,7 @@ impl Call {
                 .outcome(Outcome::NotStarted)
         })?;
         let id = self.host.next_id();
-        group.log().redactor().remember(id, secrets.iter().map(|secret| &secret.value));
-        let known = Known { group: Arc::clone(group), id };
+        let known = group.log().remember(id, secrets.iter().map(|secret| &secret.value));
         Ok(Arguments { merged: Some(merged), known: Some(known) })
     }
 
@@ -152,8 +152,8 @@ impl Call {
             Ok(result) if result.is_object() => Ok(result),
             Ok(_) | Err(Failure::Malformed) => Err(self.malformed().into()),
             Err(Failure::Rpc(error)) => {
-                let error = RpcError { message: group.log().redactor().clean(error.message), ..error };
-                Err(self.refused(&error).into())
+                let message = group.log().redactor().quote(error.message);
+                Err(self.refused(&RpcError { message, ..error }).into())
             }
             Err(Failure::TooLarge) => {
                 let text = format!("The answer of server {} was too large", self.entry.name);
@@ -247,16 +247,4 @@ struct Arguments {
     /// The arguments with secrets in them; `None`: as the caller sent them.
     merged: Option<Zeroizing<Vec<u8>>>,
     known: Option<Known>,
-}
-
-/// Secrets that a call put into its arguments, for as long as their server may still speak of them.
-struct Known {
-    group: Arc<Group>,
-    id: u64,
-}
-
-impl Drop for Known {
-    fn drop(&mut self) {
-        self.group.log().redactor().forget(self.id);
-    }
 }

@@ -334,7 +334,7 @@ impl Group {
     }
 
     /// What blots out secrets in the words of this server.
-    pub fn log(&self) -> &Log {
+    pub fn log(&self) -> &Arc<Log> {
         &self.log
     }
 
@@ -384,13 +384,14 @@ impl Group {
         let secret_env = self.host.secret_env(self.user.as_ref(), record).await;
         let secret_env = secret_env.map_err(|text| failed(text, Vec::new()))?;
         // What the process knows for as long as it lives must not show up in its log.
-        self.log.redactor().remember(self.host.next_id(), secret_env.values.iter());
-        let launch = Launch { command, args, env: &env.0, secret_env: secret_env.variables };
+        let known = self.log.remember(self.host.next_id(), secret_env.values.iter());
+        let launch = Launch { command, args, env: &env.0, secret_env: secret_env.variables, known };
         let limit = record.startup_limit();
         let host = &self.host;
         let started =
             Instance::start(launch, limit, &self.retired, &self.log, &host.supervisor, &host.tasks).await;
-        started.map_err(|text| failed(text, secret_env.missing))
+        // It may repeat the server's own words.
+        started.map_err(|text| failed(self.log.redactor().quote(text), secret_env.missing))
     }
 
     /// Takes in what a start brought.

@@ -19,7 +19,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use zeroize::Zeroizing;
 
 use crate::{
-    logs::Log,
+    logs::{COLLECTED, Known, Log},
     mcp,
     supervisor::{Child, Exit, SpawnSpec, Supervisor},
     transport::stdio::Connection,
@@ -76,21 +76,20 @@ pub struct Launch<'a> {
     pub env: &'a BTreeMap<String, String>,
     /// Variables made of a user's secrets; they win over the record's.
     pub secret_env: Vec<(String, Zeroizing<String>)>,
+    /// Keeps these values out of the log while the process lives.
+    pub known: Known,
 }
 
 impl Launch<'_> {
-    fn spec(self) -> SpawnSpec {
+    fn spec(self) -> (SpawnSpec, Known) {
         let mut env: BTreeMap<String, Zeroizing<String>> = INHERITED
             .iter()
             .filter_map(|name| Some(((*name).to_owned(), Zeroizing::new(std::env::var(name).ok()?))))
             .collect();
         env.extend(self.env.iter().map(|(name, value)| (name.clone(), Zeroizing::new(value.clone()))));
         env.extend(self.secret_env);
-        SpawnSpec {
-            program: self.command.to_owned(),
-            args: self.args.to_vec(),
-            env: env.into_iter().collect(),
-        }
+        let (program, args) = (self.command.to_owned(), self.args.to_vec());
+        (SpawnSpec { program, args, env: env.into_iter().collect() }, self.known)
     }
 }
 
@@ -106,7 +105,8 @@ impl Instance {
         tasks: &TaskTracker,
     ) -> Result<Arc<Self>, String> {
         let deadline = Instant::now() + limit;
-        let (child, streams) = tokio::time::timeout_at(deadline, supervisor.spawn(launch.spec()))
+        let (spec, known) = launch.spec();
+        let (child, streams) = tokio::time::timeout_at(deadline, supervisor.spawn(spec))
             .await
             .map_err(|_| "the process was not started in time".to_owned())??;
         let pid = child.pid;
@@ -116,7 +116,11 @@ impl Instance {
         let (ended_sender, ended) = watch::channel(None);
         // From here on the guard ends the process if this start is given up.
         let guard = stop.clone().drop_guard();
-        tasks.spawn(watch_over(child, connection.clone(), stop.clone(), ended_sender));
+        let watch = watch_over(child, connection.clone(), stop.clone(), ended_sender);
+        tasks.spawn(async move {
+            watch.await;
+            drop(known);
+        });
 
         let greet = async {
             mcp::negotiate(&connection).await?;
@@ -252,8 +256,8 @@ async fn keep_stderr(mut stderr: impl AsyncRead + Unpin, log: Arc<Log>) {
     let mut line = Vec::new();
     while let Ok(count @ 1..) = stderr.read(&mut chunk).await {
         for part in chunk[..count].split_inclusive(|byte| *byte == b'\n') {
-            // The log cuts lines; what is beyond the cut is not collected either.
-            let room = (2 * limits::LOG_LINE_BYTES).saturating_sub(line.len());
+            // The log cuts lines; what it would not look at is not collected either.
+            let room = COLLECTED.saturating_sub(line.len());
             line.extend_from_slice(&part[..part.len().min(room)]);
             if part.ends_with(b"\n") {
                 push_line(&mut line, &log);

@@ -2,17 +2,25 @@
 
 use std::{
     collections::VecDeque,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
-use mcp_shared::limits;
+use mcp_shared::{error::shorten, limits};
 use secrecy::{ExposeSecret, SecretString};
+use zeroize::Zeroizing;
 
 /// How long after a call its secrets are still looked for in what the server writes.
 const AFTER_CALL: Duration = Duration::from_secs(10);
 /// Shorter values are not looked for: they would blot out ordinary text.
 const SHORTEST: usize = 6;
+/// How much of a line is looked at, and so need be collected. It is more than is kept, so that a secret
+/// in what is kept is seen whole, unless it is very long.
+pub const COLLECTED: usize = 2 * limits::LOG_LINE_BYTES;
+/// The most characters of a server's words in an answer of ours.
+const QUOTED: usize = 1_000;
+/// What stands where a secret stood.
+const BLOT: &str = "[secret]";
 
 /// The newest lines of one server, without the secrets that it was given.
 #[derive(Default)]
@@ -24,18 +32,28 @@ pub struct Log {
 impl Log {
     /// Adds a line that the server wrote: cut to a length, secrets blotted out.
     pub fn push(&self, line: &[u8]) {
-        let text = self.redactor.clean(String::from_utf8_lossy(line).into_owned());
+        let kept = &line[..line.len().min(COLLECTED)];
+        let mut text = self.redactor.clean(String::from_utf8_lossy(kept).into_owned());
+        if line.len() >= COLLECTED {
+            self.redactor.clean_end(&mut text);
+        }
         self.add(cut(text));
     }
 
-    /// Adds a note of our own about the server.
+    /// Adds a note of our own about the server, which may repeat what it said.
     pub fn note(&self, text: &str) {
-        self.add(cut(format!("[mcp-api] {text}")));
+        self.add(cut(self.redactor.clean(format!("[mcp-api] {text}"))));
     }
 
     /// The lines, oldest first.
     pub fn lines(&self) -> Vec<String> {
         lock(&self.lines).iter().cloned().collect()
+    }
+
+    /// Keeps values out of the log for as long as the returned guard lives, and a little longer.
+    pub fn remember<'a>(self: &Arc<Self>, id: u64, values: impl Iterator<Item = &'a SecretString>) -> Known {
+        self.redactor.remember(id, values);
+        Known { log: Arc::clone(self), id }
     }
 
     /// What to blot out.
@@ -64,14 +82,27 @@ fn cut(mut line: String) -> String {
     line
 }
 
+/// Secrets that a call or a process has, for as long as their server may still speak of them.
+pub struct Known {
+    log: Arc<Log>,
+    id: u64,
+}
+
+impl Drop for Known {
+    fn drop(&mut self) {
+        self.log.redactor.forget(self.id);
+    }
+}
+
 /// The secrets that one server process may know right now.
 #[derive(Default)]
 pub struct Redactor {
-    known: Mutex<Vec<Known>>,
+    known: Mutex<Vec<Value>>,
 }
 
-struct Known {
-    value: SecretString,
+struct Value {
+    /// The spellings to look for.
+    spellings: Vec<SecretString>,
     /// `None`: the process has it for as long as it lives, or a call that uses it is in flight.
     until: Option<Instant>,
     id: u64,
@@ -79,19 +110,15 @@ struct Known {
 
 impl Redactor {
     /// Looks for `values` from now on; [`Redactor::forget`] with the same `id` ends it.
-    pub fn remember<'a>(&self, id: u64, values: impl Iterator<Item = &'a SecretString>) {
+    fn remember<'a>(&self, id: u64, values: impl Iterator<Item = &'a SecretString>) {
         let mut known = lock(&self.known);
         let now = Instant::now();
         known.retain(|one| one.until.is_none_or(|until| until > now));
-        known.extend(values.filter(|value| value.expose_secret().len() >= SHORTEST).map(|value| Known {
-            value: value.clone(),
-            until: None,
-            id,
-        }));
+        known.extend(values.map(|value| Value { spellings: spellings(value), until: None, id }));
     }
 
     /// Keeps looking for a little while, since output may be read late, and then forgets.
-    pub fn forget(&self, id: u64) {
+    fn forget(&self, id: u64) {
         let mut known = lock(&self.known);
         let now = Instant::now();
         for one in known.iter_mut().filter(|one| one.id == id) {
@@ -103,14 +130,58 @@ impl Redactor {
     /// The text with every known value blotted out.
     pub fn clean(&self, mut text: String) -> String {
         let known = lock(&self.known);
-        for one in known.iter() {
-            let value = one.value.expose_secret();
-            if text.contains(value) {
-                text = text.replace(value, "[secret]");
-            }
+        let mut found: Vec<&str> = known
+            .iter()
+            .flat_map(|one| &one.spellings)
+            .map(|spelling| spelling.expose_secret())
+            .filter(|spelling| text.contains(spelling))
+            .collect();
+        // The longest first: one value may be a part of another, whose rest would stay.
+        found.sort_unstable_by_key(|spelling| std::cmp::Reverse(spelling.len()));
+        for spelling in found {
+            text = text.replace(spelling, BLOT);
         }
         text
     }
+
+    /// A server's words for an answer of ours: cleaned, and then on one line and shortened.
+    pub fn quote(&self, text: String) -> String {
+        shorten(&self.clean(text), QUOTED)
+    }
+
+    /// Blots out the beginning of a value at the end of a text that was cut there.
+    fn clean_end(&self, text: &mut String) {
+        // Half of a character at the cut hides what stands before it.
+        text.truncate(text.trim_end_matches(char::REPLACEMENT_CHARACTER).len());
+        for spelling in lock(&self.known).iter().flat_map(|one| &one.spellings) {
+            let value = spelling.expose_secret();
+            let longest = value.len().min(text.len());
+            let begun = (SHORTEST..=longest)
+                .rev()
+                .find(|length| value.get(..*length).is_some_and(|begin| text.ends_with(begin)));
+            if let Some(length) = begun {
+                text.truncate(text.len() - length);
+                text.push_str(BLOT);
+            }
+        }
+    }
+}
+
+/// How a value may stand in a line: as it is, as JSON spells it, and, since a log has lines, each line of
+/// it by itself.
+fn spellings(value: &SecretString) -> Vec<SecretString> {
+    let value = value.expose_secret();
+    let mut spellings: Vec<SecretString> =
+        value.lines().filter(|line| line.len() >= SHORTEST).map(SecretString::from).collect();
+    if let Ok(json) = serde_json::to_string(value) {
+        let json = Zeroizing::new(json);
+        let inner = &json[1..json.len() - 1];
+        if inner != value && inner.len() >= SHORTEST {
+            // Before its parts, which could otherwise be blotted out of it and leave the rest.
+            spellings.insert(0, inner.into());
+        }
+    }
+    spellings
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -142,5 +213,31 @@ mod tests {
         log.redactor().forget(1);
         log.push(b"late s3cr3t-value");
         assert_eq!(log.lines(), ["got [secret] and abc", "late [secret]"]);
+    }
+
+    #[test]
+    fn blots_out_values_that_a_line_spells_otherwise_or_cuts() {
+        let log = Log::default();
+        let key = "-----BEGIN KEY-----\nMIIEvQIBADAN\n-----END KEY-----\n";
+        let long = "0123456789abcdef".repeat(2_000);
+        log.redactor()
+            .remember(1, [key.into(), SecretString::from("say \"friend\""), long.clone().into()].iter());
+        log.push(b"MIIEvQIBADAN");
+        log.push(format!("{:?}", key).as_bytes());
+        log.push(br#"{"word":"say \"friend\""}"#);
+        log.push(format!("got {long}").as_bytes());
+        log.push(&format!("got {long}").as_bytes()[..COLLECTED]);
+        log.note("it said say \"friend\"");
+        assert_eq!(
+            log.lines(),
+            [
+                "[secret]",
+                "\"[secret]\"",
+                r#"{"word":"[secret]"}"#,
+                "got [secret]",
+                "got [secret]",
+                "[mcp-api] it said [secret]",
+            ]
+        );
     }
 }

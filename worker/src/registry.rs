@@ -122,11 +122,17 @@ impl Entry {
         let _changing = self.changing.lock().await;
         let stored = host.vault.server(&self.name).await?.map(|stored| stored.value);
         let old = current(&self.record);
+        // A name that was deleted and registered again is another server, which has nothing of this
+        // one: no process, no log, no tools and above all no secrets.
+        let stored = stored.filter(|new| new.id == old.id);
         let keep = match &stored {
-            None => false,
+            None => {
+                self.groups().removed = true;
+                host.secrets.forget_server(&self.name);
+                false
+            }
             Some(new) => new.enabled && !old.needs_restart(new),
         };
-        self.groups().removed = stored.is_none();
         if let Some(new) = stored {
             *self.record.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(new);
         }
@@ -137,7 +143,7 @@ impl Entry {
         Ok(())
     }
 
-    /// Whether the server is gone from the store.
+    /// Whether the server is gone from the store. There may be a new one of the same name.
     pub fn is_removed(&self) -> bool {
         self.groups().removed
     }

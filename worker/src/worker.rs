@@ -100,42 +100,31 @@ impl Worker {
         entries.get(server).cloned().ok_or_else(|| WorkerError::server_not_found(server))
     }
 
-    /// Takes in that a server was added, changed or removed.
+    /// Takes in that a server was added, changed or removed. Whatever else happens to the name
+    /// meanwhile, what is stored when this returns is what runs.
     async fn server_changed(&self, server: &ServerName) -> Result<(), WorkerError> {
-        let known = self.entry(server).ok();
-        let Some(entry) = known else {
-            if let Some(stored) = self.host.vault.server(server).await? {
-                let entry = {
+        loop {
+            let entry = match self.entry(server) {
+                Ok(entry) => entry,
+                Err(_) => {
+                    let Some(stored) = self.host.vault.server(server).await? else { return Ok(()) };
                     let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
                     Arc::clone(
                         entries.entry(server.clone()).or_insert_with(|| Entry::new(stored.value, None)),
                     )
-                };
-                entry.want_running(&self.host);
-            }
-            return Ok(());
-        };
-        entry.refresh(&self.host).await?;
-        let in_place = {
-            let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
-            if entry.is_removed() {
-                if entries.get(server).is_some_and(|one| Arc::ptr_eq(one, &entry)) {
-                    entries.remove(server);
                 }
-                true
-            } else {
-                // It may have been taken out between its removal and its registration under the same name.
-                let one = entries.entry(server.clone()).or_insert_with(|| Arc::clone(&entry));
-                Arc::ptr_eq(one, &entry)
+            };
+            // An entry that was just made is looked at as well: the server may have been removed between
+            // the moment it was read and the moment others could see the entry.
+            entry.refresh(&self.host).await?;
+            if !entry.is_removed() {
+                return Ok(());
             }
-        };
-        if entry.is_removed() {
-            self.host.secrets.forget_server(server);
+            let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
+            if entries.get(server).is_some_and(|current| Arc::ptr_eq(current, &entry)) {
+                entries.remove(server);
+            }
         }
-        if !in_place {
-            entry.stop_all().await;
-        }
-        Ok(())
     }
 
     async fn wait_running(&self, entry: &Arc<Entry>, user: &UserId) -> Result<ServerReport, WorkerError> {

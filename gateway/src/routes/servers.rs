@@ -5,7 +5,7 @@ use std::{collections::HashMap, sync::Arc};
 use axum::{body::Body, extract::State, response::Response};
 use http::{HeaderMap, StatusCode};
 use mcp_shared::{
-    error::{ErrorCode, WorkerError},
+    error::{ErrorCode, WorkerError, shorten},
     ids::{ServerName, UserId},
     server::ServerRecord,
     store::StoreError,
@@ -77,7 +77,7 @@ pub async fn update(
     let body = app.body(&headers, body).await?;
     let fields = Fields::parse(&body)?;
     let user = user(&fields)?;
-    let missing = || with_name(&name, format!("Server with name {name} not found"));
+    let missing = || absent(&name);
     app.change(&name, &user, missing, |record| updated_record(record, &fields)).await
 }
 
@@ -96,7 +96,7 @@ pub async fn disable(State(app): State<Arc<App>>, Server(name): Server) -> Resul
 pub async fn delete(State(app): State<Arc<App>>, Server(name): Server) -> Result<Response, Problem> {
     not_builtin(&name)?;
     if !app.vault.delete_server(&name).await? {
-        return Err(with_name(&name, format!("Server with name {name} not found")).into());
+        return Err(absent(&name).into());
     }
     app.worker.announce(Change::Server { server: name }).await?;
     Ok(json_response(StatusCode::OK, &json!({"success": true})))
@@ -218,6 +218,9 @@ fn exists(name: &ServerName, existing: &str) -> Problem {
     WorkerError::new(ErrorCode::ServerAlreadyExists, text).with("serverName", name.as_str()).into()
 }
 
-fn with_name(name: &ServerName, text: String) -> WorkerError {
-    WorkerError::new(ErrorCode::ServerNotFound, text).with("serverName", name.as_str())
+/// What changing and removing say of a server that does not exist, as documented.
+fn absent(name: &ServerName) -> WorkerError {
+    let name = shorten(name.as_str(), 64);
+    WorkerError::new(ErrorCode::ServerNotFound, format!("Server with name {name} not found"))
+        .with("serverName", name)
 }

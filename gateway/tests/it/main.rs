@@ -7,9 +7,14 @@
 mod calls;
 mod compat;
 mod deployment;
+mod durability;
+mod edge;
 mod framing;
 mod lifecycle;
 mod processes;
+mod real_servers;
+mod secrets;
+mod settings;
 mod smoke;
 
 /// The first argument that turns this test binary into the MCP server that it tests with. So the server

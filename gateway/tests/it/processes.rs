@@ -189,7 +189,8 @@ async fn a_server_that_does_not_leave_is_ended() {
     // It holds no slot of a call, but it holds up whoever waits for its end.
     let (deleted, disabled) =
         tokio::join!(api.delete("/mcp/servers/lingering"), api.put("/mcp/servers/stubborn/disable", None));
-    (deleted.ok(), disabled.ok());
+    deleted.ok();
+    disabled.ok();
     assert_eq!(pids.map(alive), [false; 2]);
     assert_eq!(api.server("stubborn").await["status"], "disconnected");
 }
@@ -222,6 +223,24 @@ async fn sigkill_leaves_no_process_behind() {
     api.kill().await;
     all_gone("after SIGKILL", &pids).await;
     assert!(start.elapsed() < AFTER_KILL, "it took {:?}", start.elapsed());
+}
+
+/// A server that leaves by itself when its gateway dies is an exit like any other to the supervisor,
+/// only that nobody is left to be told.
+#[tokio::test]
+async fn exits_at_the_same_time_keep_nobody_from_cleaning_up() {
+    let api = Deployment::start().await;
+    api.add_fixture("polite", &[], json!({})).await;
+    api.add_fixture("lingering", &["--more", "--linger"], json!({})).await;
+    let server = api.pids("polite").await[0];
+    let escaped = pid_from(&api, "lingering", "grandchild", json!({"escape": true})).await;
+    let supervisor = parent(server);
+    // Held back, the supervisor finds both at once: the end of its child and that of the gateway.
+    send(supervisor, Signal::SIGSTOP);
+    api.kill().await;
+    all_gone("by themselves", &[server]).await;
+    send(supervisor, Signal::SIGCONT);
+    all_gone("after SIGKILL", &[escaped, supervisor]).await;
 }
 
 #[tokio::test]

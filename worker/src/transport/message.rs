@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 
 use bytes::Bytes;
-use mcp_shared::{error::shorten, json::RawJson};
+use mcp_shared::json::RawJson;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
@@ -12,7 +12,8 @@ use serde_json::value::RawValue;
 pub struct RpcError {
     /// JSON-RPC's code.
     pub code: i64,
-    /// The server's words, on one line and shortened.
+    /// The server's words as they came. They may repeat a user's secret, so they are cleaned and then
+    /// shortened before anybody sees them: the other way round would leave half a secret.
     pub message: String,
 }
 
@@ -63,9 +64,9 @@ impl Message {
                 let Ok(id) = id.get().parse() else { return Message::Garbage };
                 let body = match (envelope.result, envelope.error) {
                     (Some(result), None) => Some(Ok(raw(result))),
-                    (_, Some(error)) => serde_json::from_str::<ErrorBody<'_>>(error.get()).ok().map(|body| {
-                        Err(RpcError { code: body.code, message: shorten(&body.message, 1_000) })
-                    }),
+                    (_, Some(error)) => serde_json::from_str::<ErrorBody<'_>>(error.get())
+                        .ok()
+                        .map(|body| Err(RpcError { code: body.code, message: body.message.into_owned() })),
                     (None, None) => None,
                 };
                 Message::Response { id, body }
