@@ -48,6 +48,8 @@ pub struct Group {
     state: Mutex<State>,
     /// Something happened that a waiting task may be waiting for.
     changed: Notify,
+    /// Somebody waits for a start that waits for its turn.
+    urgent: Notify,
     /// No more starts; those under way are given up.
     retired: CancellationToken,
     on_tools: OnTools,
@@ -156,6 +158,7 @@ impl Group {
                 since: Timestamp::now(),
             }),
             changed: Notify::new(),
+            urgent: Notify::new(),
             retired: CancellationToken::new(),
             on_tools,
         });
@@ -222,6 +225,7 @@ impl Group {
             let waited = match wait {
                 Wait::Busy(mut busy) => {
                     force = false;
+                    self.urgent.notify_one();
                     timeout_at(deadline, async move { while busy.changed().await.is_ok() {} }).await
                 }
                 Wait::Change(changed) => timeout_at(deadline, changed).await,
@@ -350,6 +354,7 @@ impl Group {
             let permit = if background {
                 tokio::select! {
                     permit = group.host.background_starts.acquire() => permit.ok(),
+                    () = group.urgent.notified() => None,
                     () = group.retired.cancelled() => None,
                 }
             } else {

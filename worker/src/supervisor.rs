@@ -265,7 +265,11 @@ impl Link {
             if let Some(link) = weak.upgrade() {
                 link.children().lose_all();
             }
-            let _ = process.wait();
+            let ended = process.wait();
+            // It leaves by itself when nothing is left. Otherwise it was killed in the middle.
+            if !ended.is_ok_and(|status| status.success()) {
+                process::end_left_behind(process.id());
+            }
         })?;
         Ok(link)
     }

@@ -243,6 +243,15 @@ async fn exits_at_the_same_time_keep_nobody_from_cleaning_up() {
     all_gone("after SIGKILL", &[escaped, supervisor]).await;
 }
 
+/// Direct children die with the supervisor; what they started elsewhere is found by its mark.
+#[tokio::test]
+async fn a_lost_supervisor_leaves_no_process_behind() {
+    let api = Deployment::start().await;
+    let pids = family(&api).await;
+    send(parent(api.pids("plain").await[0]), Signal::SIGKILL);
+    all_gone("without their supervisor", &pids).await;
+}
+
 #[tokio::test]
 async fn a_lost_supervisor_is_replaced() {
     let api = Deployment::start().await;

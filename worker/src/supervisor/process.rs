@@ -70,6 +70,14 @@ impl Supervised {
     }
 
     fn serve(&mut self) -> io::Result<()> {
+        let served = self.follow();
+        // However it came to this, nothing of the worker may stay.
+        self.end_everything();
+        served
+    }
+
+    /// Does what the worker asks, until it is gone.
+    fn follow(&mut self) -> io::Result<()> {
         let signal = ChildSignal::new(&self.signals)?;
         loop {
             let mut ready = [
@@ -83,19 +91,16 @@ impl Supervised {
             let [from_worker, from_children] = ready.map(|one| one.revents().is_some_and(|r| !r.is_empty()));
             if from_children {
                 signal.clear();
-                self.reap()?;
+                self.reap();
             }
             if from_worker {
                 match self.receive() {
-                    Ok(Some((request, descriptors))) => self.handle(request, descriptors)?,
-                    Ok(None) => break,
+                    Ok(Some((request, descriptors))) => self.handle(request, descriptors),
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                    Err(_) => break,
+                    Ok(None) | Err(_) => return Ok(()),
                 }
             }
         }
-        self.end_everything();
-        Ok(())
     }
 
     /// One request with its descriptors; `None` when the worker is gone.
@@ -132,21 +137,20 @@ impl Supervised {
         request.map(|request| Some((request, descriptors)))
     }
 
-    fn handle(&mut self, request: Request, descriptors: Vec<OwnedFd>) -> io::Result<()> {
+    fn handle(&mut self, request: Request, descriptors: Vec<OwnedFd>) {
         match request {
             Request::Spawn { id, program, args, env } => {
                 let event = match self.spawn(id, &program, &args, env, descriptors) {
                     Ok(pid) => Event::Started { id, pid },
                     Err(error) => Event::Failed { id, error: describe(&program, &error) },
                 };
-                self.tell(&event)
+                self.tell(&event);
             }
             Request::Signal { id, kill } => {
                 if let Some(pid) = self.children.get(&id) {
                     let signal = if kill { Signal::SIGKILL } else { Signal::SIGTERM };
                     let _ = killpg(*pid, signal);
                 }
-                Ok(())
             }
         }
     }
@@ -188,15 +192,19 @@ impl Supervised {
         format!("{}:{id}", self.mark)
     }
 
-    fn tell(&mut self, event: &Event) -> io::Result<()> {
-        let frame = serde_json::to_vec(event).map_err(io::Error::other)?;
-        let length = u32::try_from(frame.len()).map_err(io::Error::other)?;
-        self.socket.write_all(&length.to_le_bytes())?;
-        self.socket.write_all(&frame)
+    /// Tells the worker. One that is gone hears nothing, and the end of its socket is seen next.
+    fn tell(&self, event: &Event) {
+        let write = || -> io::Result<()> {
+            let frame = serde_json::to_vec(event).map_err(io::Error::other)?;
+            let length = u32::try_from(frame.len()).map_err(io::Error::other)?;
+            (&self.socket).write_all(&length.to_le_bytes())?;
+            (&self.socket).write_all(&frame)
+        };
+        let _ = write();
     }
 
     /// Takes in every process that ended: children of ours, and orphans that came to us.
-    fn reap(&mut self) -> io::Result<()> {
+    fn reap(&mut self) {
         let mut exits = Vec::new();
         let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG;
         // Looked at before it is reaped: until then its id, and so its group's, cannot be used again.
@@ -216,9 +224,8 @@ impl Supervised {
         }
         self.end_orphans();
         for event in exits {
-            self.tell(&event)?;
+            self.tell(&event);
         }
-        Ok(())
     }
 
     /// Kills descendants of children that ended, wherever they went. Those of a child that lives are
@@ -266,6 +273,20 @@ impl Supervised {
     }
 }
 
+/// Kills what a supervisor that was lost had started: its direct children died with it, but what they
+/// had started went to the system. Only the mark in their environment tells whose they are.
+pub(super) fn end_left_behind(supervisor: u32) {
+    let prefix = format!("{supervisor}:");
+    // What is killed may just have started another: one more look, until there is nothing to see.
+    for _ in 0..100 {
+        let found = all_processes().filter(|pid| mark(*pid).is_some_and(|mark| mark.starts_with(&prefix)));
+        if found.filter(|pid| kill(*pid, Signal::SIGKILL).is_ok()).count() == 0 {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
 fn describe(program: &str, error: &io::Error) -> String {
     let program = mcp_shared::error::shorten(program, 200);
     match error.kind() {
@@ -278,18 +299,17 @@ fn describe(program: &str, error: &io::Error) -> String {
 /// The processes whose parent is this one.
 fn direct_children() -> Vec<Pid> {
     let me = std::process::id();
-    let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
-    entries
-        .flatten()
-        .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
-        .filter(|pid| parent(*pid) == Some(me))
-        .map(Pid::from_raw)
-        .collect()
+    all_processes().filter(|pid| parent(*pid) == Some(me)).collect()
+}
+
+fn all_processes() -> impl Iterator<Item = Pid> {
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok().map(Pid::from_raw))
 }
 
 /// The parent of a process, by `/proc/PID/stat`: the second field after the name in parentheses, which
 /// may itself hold anything.
-fn parent(pid: i32) -> Option<u32> {
+fn parent(pid: Pid) -> Option<u32> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(1)?.parse().ok()
 }

@@ -93,6 +93,13 @@ impl<R: AsyncRead + Unpin> Lines<R> {
     }
 }
 
+/// The id in a line that may not be JSON.
+pub(super) fn id_in(line: &[u8]) -> Option<u64> {
+    let mut finder = IdFinder::default();
+    finder.feed(line);
+    finder.found()
+}
+
 /// Finds the value of the top-level member `id` in a JSON text that passes by in pieces, without
 /// keeping it. SDKs differ in whether the id stands before or after the result.
 #[derive(Default)]

@@ -7,6 +7,8 @@ use mcp_shared::json::RawJson;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
+use super::lines;
+
 /// An error that a server answered with.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RpcError {
@@ -32,6 +34,8 @@ pub(super) enum Message {
 #[derive(Deserialize)]
 struct Envelope<'a> {
     #[serde(borrow)]
+    jsonrpc: Option<&'a RawValue>,
+    #[serde(borrow)]
     id: Option<&'a RawValue>,
     #[serde(borrow)]
     method: Option<Cow<'a, str>>,
@@ -53,7 +57,7 @@ struct ErrorBody<'a> {
 impl Message {
     /// Reads one line. Nothing is copied out of it but methods and error texts.
     pub(super) fn parse(line: &Bytes) -> Self {
-        let Ok(envelope) = serde_json::from_slice::<Envelope<'_>>(line) else { return Message::Garbage };
+        let Ok(envelope) = serde_json::from_slice::<Envelope<'_>>(line) else { return Self::broken(line) };
         let raw = |value: &RawValue| RawJson::slice_of(line, value);
         match (envelope.method, envelope.id) {
             (Some(method), Some(id)) => Message::Request { id: raw(id), method: method.into_owned() },
@@ -67,11 +71,25 @@ impl Message {
                     (_, Some(error)) => serde_json::from_str::<ErrorBody<'_>>(error.get())
                         .ok()
                         .map(|body| Err(RpcError { code: body.code, message: body.message.into_owned() })),
+                    // A line of a log can be JSON and have an id, too.
+                    (None, None) if envelope.jsonrpc.is_none() => return Message::Garbage,
                     (None, None) => None,
                 };
                 Message::Response { id, body }
             }
             (None, None) => Message::Garbage,
+        }
+    }
+}
+
+impl Message {
+    /// What a line is that should be JSON-RPC and cannot be read: the answer to the call that it names,
+    /// which then need not wait for its deadline.
+    fn broken(line: &[u8]) -> Self {
+        let meant = memchr::memmem::find(line, b"\"jsonrpc\"").is_some();
+        match lines::id_in(line).filter(|_| meant) {
+            Some(id) => Message::Response { id, body: None },
+            None => Message::Garbage,
         }
     }
 }
@@ -175,12 +193,22 @@ mod tests {
         let line = Bytes::from_static(br#"{"result":{"n":1.0e2,"x":[]},"jsonrpc":"2.0","id":5}"#);
         let Message::Response { id: 5, body: Some(Ok(result)) } = Message::parse(&line) else { panic!() };
         assert_eq!(result.as_bytes(), br#"{"n":1.0e2,"x":[]}"#);
-        for garbage in
-            ["hello", "{}", "[]", r#"{"id":"x","result":{}}"#, r#"{"id":-1,"result":{}}"#, "{\"id\":1"]
-        {
+        for garbage in [
+            "hello",
+            "{}",
+            "[]",
+            r#"{"id":"x","result":{}}"#,
+            r#"{"id":-1,"result":{}}"#,
+            "{\"id\":1",
+            r#"{"id":1,"level":"info"}"#,
+        ] {
             assert!(matches!(Message::parse(&Bytes::from(garbage)), Message::Garbage), "{garbage}");
         }
-        let odd = Bytes::from_static(br#"{"id":1}"#);
-        assert!(matches!(Message::parse(&odd), Message::Response { id: 1, body: None }));
+        for odd in [r#"{"jsonrpc":"2.0","id":1}"#, r#"{"jsonrpc":"2.0","id":1,"result":{]}"#] {
+            assert!(
+                matches!(Message::parse(&Bytes::from(odd)), Message::Response { id: 1, body: None }),
+                "{odd}"
+            );
+        }
     }
 }
