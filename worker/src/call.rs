@@ -69,7 +69,11 @@ impl Call {
                 }
                 // It is being replaced: the call waits, and goes to the new one.
                 Err(Attempt::Replaced) => {
-                    if timeout_at(self.deadline, self.entry.settled()).await.is_err() {
+                    let settled = tokio::select! {
+                        settled = timeout_at(self.deadline, self.entry.settled()) => settled.is_ok(),
+                        () = self.cancelled.cancelled() => return Err(cancelled(Outcome::NotStarted)),
+                    };
+                    if !settled || Instant::now() >= self.deadline {
                         return Err(self.late(Outcome::NotStarted));
                     }
                 }
@@ -88,16 +92,22 @@ impl Call {
         };
         let instance = Arc::clone(&slot.instance);
         let busy = Busy::new(&group, &slot.instance);
-        let Arguments { merged, known } = self.arguments(&group).await?;
-        let arguments = merged.as_deref().map_or(self.request.arguments.as_bytes(), Vec::as_slice);
-        let progress = self.request.progress.then(|| self.events.clone());
-        let tool = self.request.tool.as_str();
-        let begin = instance.connection.call_tool(tool, arguments, merged.is_some(), progress);
-        let mut in_flight = match timeout_at(self.deadline, begin).await {
-            Ok(Ok(in_flight)) => in_flight,
-            Ok(Err(_)) => return Err(Attempt::Again),
-            // The server has not read its input for so long that nothing more fits in.
-            Err(_) => return Err(self.late(Outcome::NotStarted).into()),
+        let prepared = async {
+            let Arguments { merged, known } = self.arguments(&group).await?;
+            let arguments = merged.as_deref().map_or(self.request.arguments.as_bytes(), Vec::as_slice);
+            let progress = self.request.progress.then(|| self.events.clone());
+            let tool = self.request.tool.as_str();
+            let begun = instance.connection.call_tool(tool, arguments, merged.is_some(), progress).await;
+            begun.map(|in_flight| (in_flight, known)).map_err(|_| Attempt::Again)
+        };
+        let (mut in_flight, known) = tokio::select! {
+            prepared = timeout_at(self.deadline, prepared) => match prepared {
+                Ok(prepared) => prepared?,
+                // The store is silent, or the server has not read its input for so long that nothing more
+                // fits in.
+                Err(_) => return Err(self.late(Outcome::NotStarted).into()),
+            },
+            () = self.cancelled.cancelled() => return Err(cancelled(Outcome::NotStarted).into()),
         };
         let given_up = tokio::select! {
             answer = timeout_at(self.deadline, in_flight.answer()) => match answer {
@@ -137,8 +147,7 @@ impl Call {
             WorkerError::new(ErrorCode::InvalidRequest, "args must be a JSON object")
                 .outcome(Outcome::NotStarted)
         })?;
-        let id = self.host.next_id();
-        let known = group.log().remember(id, secrets.iter().map(|secret| &secret.value));
+        let known = group.log().remember(secrets.iter().map(|secret| &secret.value));
         Ok(Arguments { merged: Some(merged), known: Some(known) })
     }
 
@@ -150,7 +159,9 @@ impl Call {
     ) -> Result<RawJson, Attempt> {
         match answer {
             Ok(result) if result.is_object() => Ok(result),
-            Ok(_) | Err(Failure::Malformed) => Err(self.malformed().into()),
+            Ok(_) | Err(Failure::Malformed) => Err(self.malformed(Outcome::Completed).into()),
+            // What cannot be read does not say what was done.
+            Err(Failure::Unreadable) => Err(self.malformed(Outcome::Unknown).into()),
             Err(Failure::Rpc(error)) => {
                 let message = group.log().redactor().quote(error.message);
                 Err(self.refused(&RpcError { message, ..error }).into())
@@ -192,9 +203,9 @@ impl Call {
         self.named(WorkerError::new(ErrorCode::ServerCrashed, text)).outcome(outcome)
     }
 
-    fn malformed(&self) -> WorkerError {
+    fn malformed(&self, outcome: Outcome) -> WorkerError {
         let text = format!("Server {} did not answer with a tool result", self.entry.name);
-        self.named(WorkerError::new(ErrorCode::ServerProtocolError, text)).outcome(Outcome::Completed)
+        self.named(WorkerError::new(ErrorCode::ServerProtocolError, text)).outcome(outcome)
     }
 
     fn named(&self, error: WorkerError) -> WorkerError {

@@ -184,11 +184,13 @@ impl Group {
                 }
                 Err(PoolError::Closed) => return Err(NoSlot::Retired),
                 Err(PoolError::Timeout(_)) => {
-                    let text = format!("Server {} had no free slot in time", self.server);
-                    return Err(not_started(WorkerError::new(ErrorCode::DeadlineExceeded, text)));
+                    return Err(self.no_slot_in_time());
                 }
                 // One of several processes is gone and the others are full: wait for any change.
                 Err(_) => {
+                    if Instant::now() >= deadline {
+                        return Err(self.no_slot_in_time());
+                    }
                     let _ = timeout(Duration::from_millis(10), self.changed.notified()).await;
                 }
             }
@@ -222,15 +224,29 @@ impl Group {
                     _ => Wait::Busy(self.begin_start(&mut state, false)),
                 }
             };
-            let waited = match wait {
-                Wait::Busy(mut busy) => {
-                    force = false;
-                    self.urgent.notify_one();
-                    timeout_at(deadline, async move { while busy.changed().await.is_ok() {} }).await
+            let wait = async {
+                match wait {
+                    Wait::Busy(mut busy) => {
+                        self.urgent.notify_one();
+                        while busy.changed().await.is_ok() {}
+                        true
+                    }
+                    Wait::Change(changed) => {
+                        changed.await;
+                        false
+                    }
+                    Wait::Until(pause_end) => {
+                        tokio::time::sleep_until(pause_end).await;
+                        false
+                    }
                 }
-                Wait::Change(changed) => timeout_at(deadline, changed).await,
-                Wait::Until(pause_end) => timeout_at(deadline, tokio::time::sleep_until(pause_end)).await,
             };
+            let waited = tokio::select! {
+                waited = timeout_at(deadline, wait) => waited,
+                () = self.retired.cancelled() => return Err(NoSlot::Retired),
+            };
+            // One start is forced; when it fails, its pause counts.
+            force &= waited != Ok(true);
             if waited.is_err() {
                 let text = format!("Server {} is starting", self.server);
                 return Err(not_started(
@@ -389,7 +405,7 @@ impl Group {
         let secret_env = self.host.secret_env(self.user.as_ref(), record).await;
         let secret_env = secret_env.map_err(|text| failed(text, Vec::new()))?;
         // What the process knows for as long as it lives must not show up in its log.
-        let known = self.log.remember(self.host.next_id(), secret_env.values.iter());
+        let known = self.log.remember(secret_env.values.iter());
         let launch = Launch { command, args, env: &env.0, secret_env: secret_env.variables, known };
         let limit = record.startup_limit();
         let host = &self.host;
@@ -403,21 +419,25 @@ impl Group {
     fn started(self: &Arc<Self>, started: Vec<Result<Arc<Instance>, Trouble>>) {
         let mut state = self.state();
         state.busy = None;
-        for one in started {
-            match one {
-                // Whoever retires the group waits for this start, and then stops what it brought.
-                Ok(instance) if self.retired.is_cancelled() => state.instances.push(instance),
-                Err(_) if self.retired.is_cancelled() => {}
-                Ok(instance) => {
-                    tracing::info!(server = %self.server, pid = instance.pid, "server connected");
-                    state.trouble = None;
-                    state.since = instance.since;
-                    (self.on_tools)(&instance.tools());
-                    self.host.tasks.spawn(watch_instance(Arc::clone(self), Arc::clone(&instance)));
-                    state.instances.push(instance);
-                }
-                Err(trouble) => self.fail(&mut state, trouble, None),
-            }
+        let (instances, troubles): (Vec<_>, Vec<_>) = started.into_iter().partition(Result::is_ok);
+        if self.retired.is_cancelled() {
+            // Whoever retires the group waits for this start, and then stops what it brought.
+            state.instances.extend(instances.into_iter().flatten());
+            return;
+        }
+        for instance in instances.into_iter().flatten() {
+            tracing::info!(server = %self.server, pid = instance.pid, "server connected");
+            state.trouble = None;
+            state.since = instance.since;
+            (self.on_tools)(&instance.tools());
+            self.host.tasks.spawn(watch_instance(Arc::clone(self), Arc::clone(&instance)));
+            state.instances.push(instance);
+        }
+        // Processes of one start fail for one reason, and count once.
+        match troubles.into_iter().find_map(Result::err) {
+            Some(trouble) => self.fail(&mut state, trouble, None),
+            // One may have died while another was being started.
+            None => self.start_missing_later(&state),
         }
     }
 
@@ -453,24 +473,34 @@ impl Group {
         state.last_error = Some(trouble.text.clone());
         state.trouble = Some(trouble);
         state.since = Timestamp::now();
-        // A user's own process is started by the user's next call.
-        if state.wanted && self.user.is_none() {
-            let group = Arc::clone(self);
-            let not_before = state.not_before;
-            self.host.tasks.spawn(async move {
-                tokio::select! {
-                    () = group.retired.cancelled() => {}
-                    () = group.host.stopping.cancelled() => {}
-                    () = tokio::time::sleep_until(not_before) => {
-                        let mut state = group.state();
-                        let short = state.instances.len() < current(&group.record).instance_limit();
-                        if short && state.wanted && state.busy.is_none() && state.not_before <= Instant::now() {
-                            group.begin_start(&mut state, true);
-                        }
+        self.start_missing_later(state);
+    }
+
+    /// Sees to it that missing processes are started after the pause. A user's own process is started by
+    /// the user's next call.
+    fn start_missing_later(self: &Arc<Self>, state: &State) {
+        if !state.wanted || self.user.is_some() || self.is_complete(state) {
+            return;
+        }
+        let group = Arc::clone(self);
+        let not_before = state.not_before;
+        self.host.tasks.spawn(async move {
+            tokio::select! {
+                () = group.retired.cancelled() => {}
+                () = group.host.stopping.cancelled() => {}
+                () = tokio::time::sleep_until(not_before) => {
+                    let mut state = group.state();
+                    let due = state.not_before <= Instant::now();
+                    if due && state.wanted && state.busy.is_none() && !group.is_complete(&state) {
+                        group.begin_start(&mut state, true);
                     }
                 }
-            });
-        }
+            }
+        });
+    }
+
+    fn is_complete(&self, state: &State) -> bool {
+        state.instances.len() >= current(&self.record).instance_limit()
     }
 
     fn new_slot(&self) -> Option<Slot> {
@@ -488,6 +518,13 @@ impl Group {
 
     fn in_flight(&self) -> usize {
         self.state().instances.iter().map(|instance| instance.in_flight.load(Ordering::Acquire)).sum()
+    }
+
+    fn no_slot_in_time(&self) -> NoSlot {
+        let text = format!("Server {} had no free slot in time", self.server);
+        not_started(
+            WorkerError::new(ErrorCode::DeadlineExceeded, text).with("serverName", self.server.as_str()),
+        )
     }
 
     /// What a caller is told. Why it fails stands in the server's document, for those who run it.
@@ -549,6 +586,8 @@ async fn watch_instance(group: Arc<Group>, instance: Arc<Instance>) {
                     Ok(Err(refusal)) => group.log.note(&format!("its tools changed, but {refusal}")),
                     Err(_) => group.log.note("its tools changed, but it did not list them in time"),
                 }
+                // A server may announce changes faster than anybody wants to hear of them.
+                let _ = timeout(limits::LISTING_PAUSE, instance.ended()).await;
             }
         }
     }

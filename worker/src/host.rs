@@ -1,9 +1,6 @@
 //! What all parts of one worker share.
 
-use std::{
-    path::PathBuf,
-    sync::atomic::{AtomicU64, Ordering},
-};
+use std::path::PathBuf;
 
 use mcp_shared::{
     ids::{SecretName, UserId, WorkerId},
@@ -36,7 +33,6 @@ pub struct Host {
     pub stopping: CancellationToken,
     /// Bounds starts that nobody waits for.
     pub background_starts: Semaphore,
-    ids: AtomicU64,
 }
 
 /// What a user's own process gets in its environment.
@@ -61,13 +57,7 @@ impl Host {
             tasks: TaskTracker::new(),
             stopping: CancellationToken::new(),
             background_starts: Semaphore::new(BACKGROUND_STARTS),
-            ids: AtomicU64::new(1),
         }
-    }
-
-    /// A number that was never given before.
-    pub fn next_id(&self) -> u64 {
-        self.ids.fetch_add(1, Ordering::Relaxed)
     }
 
     /// The secrets that the record's `secretEnv` puts into the environment of a user's own process,

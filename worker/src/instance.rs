@@ -43,6 +43,8 @@ const INHERITED: &[&str] = &[
     "USER",
 ];
 
+/// How often a process is told to end that has not ended.
+const KILL_ATTEMPTS: usize = 5;
 /// How long the output of an ended process may still be read.
 const LAST_OUTPUT: Duration = Duration::from_secs(1);
 
@@ -111,7 +113,18 @@ impl Instance {
             .map_err(|_| "the process was not started in time".to_owned())??;
         let pid = child.pid;
         let connection = Connection::open(streams.stdin, streams.stdout, Arc::clone(log), tasks);
-        let stderr = tasks.spawn(keep_stderr(streams.stderr, Arc::clone(log)));
+        let (words, closed) = (keep_stderr(streams.stderr, Arc::clone(log)), connection.clone());
+        let stderr = tasks.spawn(async move {
+            // As with the output: not longer than the server, and the last words.
+            let over = async {
+                closed.closed().await;
+                tokio::time::sleep(LAST_OUTPUT).await;
+            };
+            tokio::select! {
+                () = words => {}
+                () = over => {}
+            }
+        });
         let stop = CancellationToken::new();
         let (ended_sender, ended) = watch::channel(None);
         // From here on the guard ends the process if this start is given up.
@@ -214,6 +227,17 @@ fn explain_exit(exit: Exit, log: &Log) -> String {
     text
 }
 
+/// Kills a process and waits for its end. One that not even the kernel can end is given up.
+async fn kill(child: &mut Child) -> Exit {
+    for _ in 0..KILL_ATTEMPTS {
+        child.kill();
+        if let Ok(exit) = timeout(LAST_OUTPUT, child.exited()).await {
+            return exit;
+        }
+    }
+    Exit::Lost
+}
+
 /// Waits for the end of a process, or brings it about, and then tells everybody.
 async fn watch_over(
     mut child: Child,
@@ -227,7 +251,7 @@ async fn watch_over(
             // A server that closed its input or its output is of no more use. Most are just ending.
             match timeout(LAST_OUTPUT, child.exited()).await {
                 Ok(exit) => exit,
-                Err(_) => { child.kill(); child.exited().await }
+                Err(_) => kill(&mut child).await,
             }
         }
         () = stop.cancelled() => {
@@ -238,7 +262,7 @@ async fn watch_over(
                     child.terminate();
                     match timeout(limits::STOP_TERM, child.exited()).await {
                         Ok(exit) => exit,
-                        Err(_) => { child.kill(); child.exited().await }
+                        Err(_) => kill(&mut child).await,
                     }
                 }
             }

@@ -1,7 +1,8 @@
 //! What is kept of a server's standard error, and how secrets are kept out of it.
 
 use std::{
-    collections::VecDeque,
+    collections::{HashMap, VecDeque},
+    hash::{BuildHasher, RandomState},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -51,9 +52,8 @@ impl Log {
     }
 
     /// Keeps values out of the log for as long as the returned guard lives, and a little longer.
-    pub fn remember<'a>(self: &Arc<Self>, id: u64, values: impl Iterator<Item = &'a SecretString>) -> Known {
-        self.redactor.remember(id, values);
-        Known { log: Arc::clone(self), id }
+    pub fn remember<'a>(self: &Arc<Self>, values: impl Iterator<Item = &'a SecretString>) -> Known {
+        Known { log: Arc::clone(self), keys: self.redactor.remember(values) }
     }
 
     /// What to blot out.
@@ -85,53 +85,78 @@ fn cut(mut line: String) -> String {
 /// Secrets that a call or a process has, for as long as their server may still speak of them.
 pub struct Known {
     log: Arc<Log>,
-    id: u64,
+    keys: Vec<u64>,
 }
 
 impl Drop for Known {
     fn drop(&mut self) {
-        self.log.redactor.forget(self.id);
+        self.log.redactor.forget(&self.keys);
     }
 }
 
-/// The secrets that one server process may know right now.
+/// The secrets that one server's processes may know right now.
 #[derive(Default)]
 pub struct Redactor {
-    known: Mutex<Vec<Value>>,
+    known: Mutex<Values>,
+    hasher: RandomState,
+}
+
+/// Values by their hash: calls of one user bring the same ones again and again.
+#[derive(Default)]
+struct Values {
+    by_hash: HashMap<u64, Value>,
+    swept: Option<Instant>,
 }
 
 struct Value {
     /// The spellings to look for.
     spellings: Vec<SecretString>,
-    /// `None`: the process has it for as long as it lives, or a call that uses it is in flight.
-    until: Option<Instant>,
-    id: u64,
+    /// Calls and processes that have it.
+    holders: usize,
+    /// When it is forgotten, once nobody has it.
+    until: Instant,
 }
 
 impl Redactor {
-    /// Looks for `values` from now on; [`Redactor::forget`] with the same `id` ends it.
-    fn remember<'a>(&self, id: u64, values: impl Iterator<Item = &'a SecretString>) {
+    fn remember<'a>(&self, values: impl Iterator<Item = &'a SecretString>) -> Vec<u64> {
         let mut known = lock(&self.known);
         let now = Instant::now();
-        known.retain(|one| one.until.is_none_or(|until| until > now));
-        known.extend(values.map(|value| Value { spellings: spellings(value), until: None, id }));
+        if known.swept.is_none_or(|swept| now - swept > AFTER_CALL) {
+            known.by_hash.retain(|_, value| value.holders > 0 || value.until > now);
+            known.swept = Some(now);
+        }
+        values
+            .map(|value| {
+                let key = self.hasher.hash_one(value.expose_secret());
+                let known = known.by_hash.entry(key).or_insert_with(|| Value {
+                    spellings: spellings(value),
+                    holders: 0,
+                    until: now,
+                });
+                known.holders += 1;
+                key
+            })
+            .collect()
     }
 
-    /// Keeps looking for a little while, since output may be read late, and then forgets.
-    fn forget(&self, id: u64) {
+    /// Output may be read late: what nobody has any more is looked for a little longer.
+    fn forget(&self, keys: &[u64]) {
         let mut known = lock(&self.known);
-        let now = Instant::now();
-        for one in known.iter_mut().filter(|one| one.id == id) {
-            one.until = Some(now + AFTER_CALL);
+        let until = Instant::now() + AFTER_CALL;
+        for key in keys {
+            if let Some(value) = known.by_hash.get_mut(key) {
+                value.holders = value.holders.saturating_sub(1);
+                value.until = until;
+            }
         }
-        known.retain(|one| one.until.is_none_or(|until| until > now));
     }
 
     /// The text with every known value blotted out.
     pub fn clean(&self, mut text: String) -> String {
         let known = lock(&self.known);
         let mut found: Vec<&str> = known
-            .iter()
+            .by_hash
+            .values()
             .flat_map(|one| &one.spellings)
             .map(|spelling| spelling.expose_secret())
             .filter(|spelling| text.contains(spelling))
@@ -153,7 +178,7 @@ impl Redactor {
     fn clean_end(&self, text: &mut String) {
         // Half of a character at the cut hides what stands before it.
         text.truncate(text.trim_end_matches(char::REPLACEMENT_CHARACTER).len());
-        for spelling in lock(&self.known).iter().flat_map(|one| &one.spellings) {
+        for spelling in lock(&self.known).by_hash.values().flat_map(|one| &one.spellings) {
             let value = spelling.expose_secret();
             let longest = value.len().min(text.len());
             let begun = (SHORTEST..=longest)
@@ -207,21 +232,21 @@ mod tests {
 
     #[test]
     fn blots_out_what_the_server_was_given() {
-        let log = Log::default();
-        log.redactor().remember(1, [SecretString::from("s3cr3t-value"), "abc".into()].iter());
+        let log = Arc::new(Log::default());
+        let known = log.remember([SecretString::from("s3cr3t-value"), "abc".into()].iter());
         log.push(b"got s3cr3t-value and abc");
-        log.redactor().forget(1);
+        drop(known);
         log.push(b"late s3cr3t-value");
         assert_eq!(log.lines(), ["got [secret] and abc", "late [secret]"]);
     }
 
     #[test]
     fn blots_out_values_that_a_line_spells_otherwise_or_cuts() {
-        let log = Log::default();
+        let log = Arc::new(Log::default());
         let key = "-----BEGIN KEY-----\nMIIEvQIBADAN\n-----END KEY-----\n";
         let long = "0123456789abcdef".repeat(2_000);
-        log.redactor()
-            .remember(1, [key.into(), SecretString::from("say \"friend\""), long.clone().into()].iter());
+        let _known =
+            log.remember([key.into(), SecretString::from("say \"friend\""), long.clone().into()].iter());
         log.push(b"MIIEvQIBADAN");
         log.push(format!("{:?}", key).as_bytes());
         log.push(br#"{"word":"say \"friend\""}"#);

@@ -23,7 +23,7 @@ impl Refusal {
         Self(match failure {
             Failure::Rpc(RpcError { code, message }) => format!("it refused {step}: {message} ({code})"),
             Failure::TooLarge => format!("its answer to {step} was too large"),
-            Failure::Malformed => format!("its answer to {step} was not valid MCP"),
+            Failure::Malformed | Failure::Unreadable => format!("its answer to {step} was not valid MCP"),
             Failure::Closed { .. } => format!("it closed the connection before it answered {step}"),
         })
     }

@@ -57,9 +57,10 @@ impl Entry {
 
     /// The processes that serve a user. They need not run yet.
     pub fn group(self: &Arc<Self>, user: &UserId, host: &Arc<Host>) -> Result<Arc<Group>, WorkerError> {
+        let mut groups = self.groups();
+        // Read under the lock under which it is replaced: a group always fits its record.
         let record = current(&self.record);
         self.check_enabled(&record)?;
-        let mut groups = self.groups();
         if groups.removed {
             return Err(WorkerError::server_not_found(&self.name).outcome(Outcome::NotStarted));
         }
@@ -117,8 +118,15 @@ impl Entry {
 
     /// Brings the server in line with what is stored now. Returns when no process of the old kind is
     /// left. Changes that come together are applied one after the other, each as found in the store, so
-    /// that the newest stands at the end.
+    /// that the newest stands at the end. A change that has begun is carried through, whether or not
+    /// whoever asked for it still waits.
     pub async fn refresh(self: &Arc<Self>, host: &Arc<Host>) -> Result<(), WorkerError> {
+        let (entry, means) = (Arc::clone(self), Arc::clone(host));
+        let change = host.tasks.spawn(async move { entry.refresh_now(&means).await });
+        change.await.map_err(WorkerError::internal)?
+    }
+
+    async fn refresh_now(self: &Arc<Self>, host: &Arc<Host>) -> Result<(), WorkerError> {
         let _changing = self.changing.lock().await;
         let stored = host.vault.server(&self.name).await?.map(|stored| stored.value);
         let old = current(&self.record);
@@ -134,6 +142,7 @@ impl Entry {
             Some(new) => new.enabled && !old.needs_restart(new),
         };
         if let Some(new) = stored {
+            let _groups = self.groups();
             *self.record.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(new);
         }
         if !keep {
@@ -149,18 +158,23 @@ impl Entry {
     }
 
     /// Takes in that a user's secret has changed: a process that has it in its environment goes.
-    pub async fn secret_changed(self: &Arc<Self>, user: &UserId, name: &SecretName) {
+    pub async fn secret_changed(self: &Arc<Self>, user: &UserId, name: &SecretName, host: &Host) {
         let record = current(&self.record);
         if record.isolation == Isolation::PerUser && record.secret_env.values().any(|secret| secret == name) {
-            let _changing = self.changing.lock().await;
-            self.retire(|group| group.user.as_ref() == Some(user)).await;
+            self.stop(Some(user.clone()), host).await;
         }
     }
 
-    /// Ends all processes, to be started again by whoever wants them.
-    pub async fn stop_all(&self) {
-        let _changing = self.changing.lock().await;
-        self.retire(|_| true).await;
+    /// Ends all processes, or those of one user, to be started again by whoever wants them.
+    pub async fn stop(self: &Arc<Self>, user: Option<UserId>, host: &Host) {
+        let entry = Arc::clone(self);
+        let stop = host.tasks.spawn(async move {
+            let _changing = entry.changing.lock().await;
+            entry.retire(|group| user.is_none() || group.user == user).await;
+        });
+        if let Err(error) = stop.await {
+            tracing::error!(server = %self.name, error.cause = %error, "processes were not stopped in order");
+        }
     }
 
     /// What is known about it.
@@ -199,9 +213,11 @@ impl Entry {
                 .collect()
         };
         futures_util::future::join_all(retiring.iter().map(|group| group.retire())).await;
+        // Groups that were made meanwhile are of the new kind, and stay.
+        let retired = |group: &Arc<Group>| retiring.iter().any(|one| Arc::ptr_eq(one, group));
         let mut groups = self.groups();
-        groups.shared = groups.shared.take().filter(|group| !matches(group));
-        groups.users.retain(|_, group| !matches(group));
+        groups.shared = groups.shared.take().filter(|group| !retired(group));
+        groups.users.retain(|_, group| !retired(group));
     }
 
     fn new_group(self: &Arc<Self>, user: Option<UserId>, host: &Arc<Host>) -> Arc<Group> {

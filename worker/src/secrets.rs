@@ -136,7 +136,7 @@ impl SecretCache {
 /// stays byte for byte, in its order; only the object's own members are looked at.
 pub fn merge(arguments: &RawJson, secrets: &[OpenSecret]) -> Result<Zeroizing<Vec<u8>>, serde_json::Error> {
     let members = members(arguments)?;
-    let extra: usize = secrets.iter().map(|secret| secret.value.expose_secret().len() * 2 + 300).sum();
+    let extra: usize = secrets.iter().map(|secret| secret.value.expose_secret().len() * 6 + 300).sum();
     // Large enough from the start: growing would leave copies of secrets behind.
     let mut out = Zeroizing::new(Vec::with_capacity(arguments.as_bytes().len() + extra));
     out.push(b'{');

@@ -54,6 +54,15 @@ pub fn this_program() -> PathBuf {
     if running.exists() { running } else { std::env::current_exe().unwrap_or(running) }
 }
 
+/// Keeps this process' memory and environment, in which our secrets are, from other processes of the same
+/// user, and from core files. To be called first thing: it holds for what comes after.
+pub fn protect_process() {
+    // Where a system has neither, there is nothing that could be done about it.
+    #[cfg(target_os = "linux")]
+    let _ = nix::sys::prctl::set_dumpable(false);
+    let _ = nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_CORE, 0, 0);
+}
+
 /// What to start.
 pub struct SpawnSpec {
     /// The program; a name without a slash is looked up in the child's `PATH`.

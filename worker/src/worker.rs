@@ -88,7 +88,7 @@ impl Worker {
         self.host.stopping.cancel();
         let entries: Vec<_> =
             self.entries.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
-        futures_util::future::join_all(entries.iter().map(|entry| entry.stop_all())).await;
+        futures_util::future::join_all(entries.iter().map(|entry| entry.stop(None, &self.host))).await;
         self.host.tasks.close();
         if timeout(limits::STOP_DRAIN, self.host.tasks.wait()).await.is_err() {
             tracing::warn!(tasks = self.host.tasks.len(), "tasks were still running at the end");
@@ -143,7 +143,8 @@ impl Worker {
         let deadline = Instant::now() + record.startup_limit() + end;
         loop {
             match entry.group(user, &self.host)?.ensure_running(deadline, true).await {
-                Err(NoSlot::Retired) => entry.settled().await,
+                Err(NoSlot::Retired) if Instant::now() < deadline => entry.settled().await,
+                Err(NoSlot::Retired) => return Ok(entry.report()),
                 // Why it does not run stands in the report.
                 Ok(()) | Err(NoSlot::Error(_)) => return Ok(entry.report()),
             }
@@ -195,7 +196,7 @@ impl WorkerApi for Worker {
 
     async fn restart_server(&self, user: &UserId, server: &ServerName) -> Result<ServerReport, WorkerError> {
         let entry = self.entry(server)?;
-        entry.stop_all().await;
+        entry.stop(None, &self.host).await;
         entry.want_running(&self.host);
         self.wait_running(&entry, user).await
     }
@@ -207,7 +208,7 @@ impl WorkerApi for Worker {
                 self.host.secrets.forget(&user, &server);
                 // A server that was removed meanwhile has taken its secrets with it.
                 if let Ok(entry) = self.entry(&server) {
-                    entry.secret_changed(&user, &name).await;
+                    entry.secret_changed(&user, &name, &self.host).await;
                 }
                 Ok(())
             }

@@ -149,7 +149,10 @@ impl Supervised {
             Request::Signal { id, kill } => {
                 if let Some(pid) = self.children.get(&id) {
                     let signal = if kill { Signal::SIGKILL } else { Signal::SIGTERM };
-                    let _ = killpg(*pid, signal);
+                    // A process can leave the group that it led. It is not reaped, so its id is its own.
+                    if killpg(*pid, signal).is_err() || kill {
+                        let _ = nix::sys::signal::kill(*pid, signal);
+                    }
                 }
             }
         }
@@ -249,7 +252,9 @@ impl Supervised {
     fn end_everything(&mut self) {
         let start = Instant::now();
         for pid in self.children.values() {
-            let _ = killpg(*pid, Signal::SIGTERM);
+            if killpg(*pid, Signal::SIGTERM).is_err() {
+                let _ = kill(*pid, Signal::SIGTERM);
+            }
         }
         while start.elapsed() < GIVE_UP {
             match waitpid(None::<Pid>, Some(WaitPidFlag::WNOHANG)) {
@@ -327,25 +332,12 @@ fn unblock_signals() -> io::Result<()> {
     SigSet::empty().thread_set_mask().map_err(io::Error::from)
 }
 
-#[cfg(target_os = "linux")]
 fn become_subreaper() -> io::Result<()> {
     nix::sys::prctl::set_child_subreaper(true).map_err(io::Error::from)
 }
 
-#[cfg(target_os = "linux")]
 fn die_with_parent() -> io::Result<()> {
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).map_err(io::Error::from)
-}
-
-/// Elsewhere process groups are all there is.
-#[cfg(not(target_os = "linux"))]
-fn become_subreaper() -> io::Result<()> {
-    Ok(())
-}
-
-#[cfg(not(target_os = "linux"))]
-fn die_with_parent() -> io::Result<()> {
-    Ok(())
 }
 
 /// SIGCHLD as something to poll.

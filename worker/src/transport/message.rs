@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 
 use bytes::Bytes;
-use mcp_shared::json::RawJson;
+use mcp_shared::{json::RawJson, limits};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
@@ -23,6 +23,8 @@ pub struct RpcError {
 pub(super) enum Message {
     /// An answer to the request `id`. A body that is neither a result nor an error is `None`.
     Response { id: u64, body: Option<Result<RawJson, RpcError>> },
+    /// What seems to be an answer to the request `id`, and cannot be read.
+    Unreadable { id: u64 },
     /// Something the server tells.
     Notification { method: String, params: Option<RawJson> },
     /// Something the server asks, with its id as it spelled it.
@@ -60,6 +62,7 @@ impl Message {
         let Ok(envelope) = serde_json::from_slice::<Envelope<'_>>(line) else { return Self::broken(line) };
         let raw = |value: &RawValue| RawJson::slice_of(line, value);
         match (envelope.method, envelope.id) {
+            (Some(_), Some(id)) if id.get().len() > limits::REQUEST_ID_BYTES => Message::Garbage,
             (Some(method), Some(id)) => Message::Request { id: raw(id), method: method.into_owned() },
             (Some(method), None) => {
                 Message::Notification { method: method.into_owned(), params: envelope.params.map(raw) }
@@ -86,9 +89,11 @@ impl Message {
     /// What a line is that should be JSON-RPC and cannot be read: the answer to the call that it names,
     /// which then need not wait for its deadline.
     fn broken(line: &[u8]) -> Self {
-        let meant = memchr::memmem::find(line, b"\"jsonrpc\"").is_some();
+        // A banner may well quote a request of ours.
+        let has = |part: &[u8]| memchr::memmem::find(line, part).is_some();
+        let meant = line.trim_ascii_start().starts_with(b"{") && has(b"\"jsonrpc\"") && !has(b"\"method\"");
         match lines::id_in(line).filter(|_| meant) {
-            Some(id) => Message::Response { id, body: None },
+            Some(id) => Message::Unreadable { id },
             None => Message::Garbage,
         }
     }
@@ -204,11 +209,11 @@ mod tests {
         ] {
             assert!(matches!(Message::parse(&Bytes::from(garbage)), Message::Garbage), "{garbage}");
         }
-        for odd in [r#"{"jsonrpc":"2.0","id":1}"#, r#"{"jsonrpc":"2.0","id":1,"result":{]}"#] {
-            assert!(
-                matches!(Message::parse(&Bytes::from(odd)), Message::Response { id: 1, body: None }),
-                "{odd}"
-            );
-        }
+        let odd = Bytes::from_static(br#"{"jsonrpc":"2.0","id":1}"#);
+        assert!(matches!(Message::parse(&odd), Message::Response { id: 1, body: None }));
+        let broken = Bytes::from_static(br#"{"jsonrpc":"2.0","id":1,"result":{]}"#);
+        assert!(matches!(Message::parse(&broken), Message::Unreadable { id: 1 }));
+        let banner = Bytes::from_static(br#"{"jsonrpc":"2.0","id":1,"method":"tools/call", ...}"#);
+        assert!(matches!(Message::parse(&banner), Message::Garbage));
     }
 }

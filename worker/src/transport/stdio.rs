@@ -5,7 +5,7 @@ use std::{
     collections::HashMap,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
-        atomic::{AtomicU8, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
@@ -41,6 +41,8 @@ pub enum Failure {
     TooLarge,
     /// The answer was not one.
     Malformed,
+    /// There was an answer, and nobody can say which.
+    Unreadable,
     /// The connection ended. `written`: the request may have reached the server.
     Closed {
         /// Whether the request was handed to the server's input.
@@ -62,6 +64,8 @@ struct Shared {
     meta: OnceLock<String>,
     log: Arc<Log>,
     tools_changed: Notify,
+    /// No call is waited for any more.
+    closed: CancellationToken,
     /// Ends the writer, which closes the child's input.
     close_input: CancellationToken,
     /// The child's output has ended.
@@ -83,50 +87,62 @@ struct Waiting {
     ticket: Arc<Ticket>,
 }
 
-/// Where a frame is: waiting, with the writer, or taken back before that.
-#[derive(Default)]
-struct Ticket(AtomicU8);
+/// The frame of a request, until the writer takes it or its caller takes it back. A server that reads
+/// nothing cannot make frames pile up that nobody waits for.
+struct Ticket {
+    payload: Mutex<Option<Payload>>,
+    taken: AtomicBool,
+}
 
 impl Ticket {
-    const WAITING: u8 = 0;
-    const TAKEN: u8 = 1;
-    const REVOKED: u8 = 2;
-
-    fn take(&self) -> bool {
-        self.move_to(Self::TAKEN)
+    fn take(&self) -> Option<Payload> {
+        let mut payload = self.payload();
+        self.taken.fetch_or(payload.is_some(), Ordering::AcqRel);
+        payload.take()
     }
 
     /// Takes the frame back; false when the writer has it already.
     fn revoke(&self) -> bool {
-        self.move_to(Self::REVOKED)
+        self.payload().take().is_some()
     }
 
     fn taken(&self) -> bool {
-        self.0.load(Ordering::Acquire) == Self::TAKEN
+        self.taken.load(Ordering::Acquire)
     }
 
-    fn move_to(&self, state: u8) -> bool {
-        self.0.compare_exchange(Self::WAITING, state, Ordering::AcqRel, Ordering::Acquire).is_ok()
+    fn payload(&self) -> MutexGuard<'_, Option<Payload>> {
+        self.payload.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-struct Frame {
+/// The bytes of one line.
+struct Payload {
     bytes: Vec<u8>,
-    /// It carries somebody's secrets, which are wiped when it is gone.
+    /// They carry somebody's secrets, which are wiped when they are gone.
     secret: bool,
-    ticket: Option<Arc<Ticket>>,
 }
 
-impl Frame {
-    fn plain(bytes: Vec<u8>) -> Self {
-        Self { bytes, secret: false, ticket: None }
-    }
-}
-
-impl Drop for Frame {
+impl Drop for Payload {
     fn drop(&mut self) {
         if self.secret {
             self.bytes.as_mut_slice().zeroize();
+        }
+    }
+}
+
+/// What waits for the writer.
+enum Frame {
+    /// A request, which may be taken back.
+    Request(Arc<Ticket>),
+    /// Anything else.
+    Plain(Vec<u8>),
+}
+
+impl Frame {
+    fn into_payload(self) -> Option<Payload> {
+        match self {
+            Frame::Request(ticket) => ticket.take(),
+            Frame::Plain(bytes) => Some(Payload { bytes, secret: false }),
         }
     }
 }
@@ -155,6 +171,7 @@ impl Connection {
             meta: OnceLock::new(),
             log,
             tools_changed: Notify::new(),
+            closed: CancellationToken::new(),
             close_input: CancellationToken::new(),
             output_ended: CancellationToken::new(),
             broken: CancellationToken::new(),
@@ -186,7 +203,7 @@ impl Connection {
 
     /// Sends a notification.
     pub async fn notify(&self, method: &str, params: Option<&str>) -> Result<(), Failure> {
-        let frame = Frame::plain(message::notification(method, params));
+        let frame = Frame::Plain(message::notification(method, params));
         self.outbox.send(frame).await.map_err(|_| Failure::Closed { written: false })
     }
 
@@ -233,6 +250,12 @@ impl Connection {
             let written = !one.ticket.revoke() && one.ticket.taken();
             let _ = one.answer.send(Err(Failure::Closed { written }));
         }
+        self.shared.closed.cancel();
+    }
+
+    /// Waits until the connection is closed.
+    pub async fn closed(&self) {
+        self.shared.closed.cancelled().await;
     }
 
     /// Whether calls can begin.
@@ -250,7 +273,8 @@ impl Connection {
         let not_begun = Failure::Closed { written: false };
         let room = self.outbox.reserve().await.map_err(|_| not_begun.clone())?;
         let id = self.shared.next_id.fetch_add(1, Ordering::Relaxed);
-        let ticket = Arc::new(Ticket::default());
+        let payload = Mutex::new(Some(Payload { bytes: line(id), secret }));
+        let ticket = Arc::new(Ticket { payload, taken: AtomicBool::new(false) });
         let (sender, answer) = oneshot::channel();
         {
             let mut table = self.shared.table();
@@ -261,7 +285,7 @@ impl Connection {
             table.waiting.insert(id, one);
         }
         let in_flight = InFlight { id, connection: self.clone(), answer, ticket: Arc::clone(&ticket) };
-        room.send(Frame { bytes: line(id), secret, ticket: Some(ticket) });
+        room.send(Frame::Request(ticket));
         Ok(in_flight)
     }
 }
@@ -282,7 +306,7 @@ impl InFlight {
             return false;
         }
         let params = format!(r#"{{"requestId":{},"reason":"{reason}"}}"#, self.id);
-        let frame = Frame::plain(message::notification("notifications/cancelled", Some(&params)));
+        let frame = Frame::Plain(message::notification("notifications/cancelled", Some(&params)));
         // A full outbox belongs to a server that reads nothing; it would not read this either.
         let _ = self.connection.outbox.try_send(frame);
         true
@@ -328,18 +352,16 @@ async fn write(
         while queue.recv_many(&mut frames, 64).await > 0 {
             let mut secret = false;
             for frame in frames.drain(..) {
-                if !frame.ticket.as_ref().is_none_or(|ticket| ticket.take()) {
-                    continue;
-                }
-                if buffer.len() + frame.bytes.len() > WRITE && !buffer.is_empty() {
+                let Some(payload) = frame.into_payload() else { continue };
+                if buffer.len() + payload.bytes.len() > WRITE && !buffer.is_empty() {
                     input.write_all(&buffer).await?;
                     empty(&mut buffer, secret);
                 }
-                if frame.bytes.len() > WRITE {
-                    input.write_all(&frame.bytes).await?;
+                if payload.bytes.len() > WRITE {
+                    input.write_all(&payload.bytes).await?;
                 } else {
-                    secret |= frame.secret;
-                    buffer.extend_from_slice(&frame.bytes);
+                    secret |= payload.secret;
+                    buffer.extend_from_slice(&payload.bytes);
                 }
             }
             input.write_all(&buffer).await?;
@@ -367,7 +389,12 @@ async fn read(output: impl AsyncRead + Unpin, connection: Connection) {
     let shared = &connection.shared;
     let mut lines = Lines::new(output);
     loop {
-        match lines.next().await {
+        // A helper that outlives its server may keep the other end open for ever.
+        let next = tokio::select! {
+            next = lines.next() => next,
+            () = shared.closed.cancelled() => break,
+        };
+        match next {
             Ok(Some(Line::Whole(line))) if line.len() <= PARSE_INLINE => {
                 let message = Message::parse(&line);
                 handle(message, &line, &connection);
@@ -410,6 +437,7 @@ fn handle(message: Message, line: &[u8], connection: &Connection) {
             };
             shared.resolve(id, answer);
         }
+        Message::Unreadable { id } => shared.resolve(id, Err(Failure::Unreadable)),
         Message::Notification { method, params } => match method.as_str() {
             "notifications/progress" => {
                 if let Some(params) = params {
@@ -420,7 +448,7 @@ fn handle(message: Message, line: &[u8], connection: &Connection) {
             _ => {}
         },
         Message::Request { id, method } => {
-            let frame = Frame::plain(message::answer(&id, &method));
+            let frame = Frame::Plain(message::answer(&id, &method));
             // A server that asks without reading the answers gets none.
             let _ = connection.outbox.try_send(frame);
         }
@@ -439,10 +467,15 @@ fn report_progress(shared: &Shared, params: RawJson) {
     struct Progress {
         progress_token: u64,
     }
+    if params.as_bytes().len() > limits::PROGRESS_BYTES {
+        return shared.ignore();
+    }
     let Ok(progress) = params.read::<Progress>() else { return shared.ignore() };
     if let Some(sender) =
         shared.table().waiting.get(&progress.progress_token).and_then(|one| one.progress.as_ref())
     {
-        let _ = sender.try_send(CallEvent::Progress(params));
+        // A copy: a slow reader would keep the whole of what was read with it.
+        let copy = RawJson::from_parsed(bytes::Bytes::copy_from_slice(params.as_bytes()));
+        let _ = sender.try_send(CallEvent::Progress(copy));
     }
 }
