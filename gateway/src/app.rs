@@ -9,9 +9,11 @@ use mcp_shared::{
     error::{ErrorCode, WorkerError},
     ids::{RequestId, ServerName, UserId},
     limits,
-    vault::Vault,
-    worker_api::{CallContext, WorkerApi},
+    store::StoreError,
+    vault::{Vault, VaultError},
+    worker_api::{CallContext, Change, WorkerApi},
 };
+use tokio_util::task::TaskTracker;
 
 use crate::{
     body::{self, Field, Fields},
@@ -26,6 +28,8 @@ pub struct App {
     pub worker: Arc<dyn WorkerApi>,
     /// The largest body, in bytes.
     pub payload_limit: usize,
+    /// Changes under way, which a stop waits for.
+    pub changes: TaskTracker,
 }
 
 /// The id that the edge gave the request.
@@ -60,6 +64,31 @@ impl<S: Send + Sync> FromRequestParts<S> for Server {
 }
 
 impl App {
+    /// Writes to the store and tells the workers, as one step: a client that hangs up between the two must
+    /// not leave workers with a state that is no longer stored. The outer error is the announcement's.
+    pub async fn commit<T: Send + 'static>(
+        &self,
+        change: Change,
+        write: impl Future<Output = Result<T, VaultError>> + Send + 'static,
+    ) -> Result<Result<T, VaultError>, Problem> {
+        let worker = Arc::clone(&self.worker);
+        let step = self.changes.spawn(async move {
+            let written = write.await;
+            // A write that got no answer in time may have happened all the same.
+            let told = match &written {
+                Ok(_) | Err(VaultError::Store(StoreError::Unavailable { .. })) => {
+                    worker.announce(change).await
+                }
+                Err(_) => Ok(()),
+            };
+            (written, told)
+        });
+        match step.await.map_err(WorkerError::internal)? {
+            (Ok(_), Err(error)) => Err(error.into()),
+            (written, _) => Ok(written),
+        }
+    }
+
     /// Reads a JSON body within this program's limit.
     pub async fn body(&self, headers: &HeaderMap, body: Body) -> Result<Bytes, Problem> {
         body::read(headers, body, self.payload_limit).await

@@ -24,9 +24,6 @@ use tokio::{runtime::Handle, time::timeout};
 
 use crate::problem::Problem;
 
-/// The most bytes of a refused body that are taken in only so that its sender can read the answer.
-const DISCARDED_BYTES: usize = 64 * 1024 * 1024;
-
 /// A request's body whose rest is still taken in, and thrown away, when a handler has answered without
 /// it. A connection that is closed while the client still sends takes the answer with it: the client
 /// would see a broken pipe, and never why its request was refused.
@@ -83,7 +80,7 @@ async fn discard(mut body: Body) {
     let mut taken = 0;
     while let Some(Ok(frame)) = body.frame().await {
         taken += frame.data_ref().map_or(0, Bytes::len);
-        if taken > DISCARDED_BYTES {
+        if taken > limits::DISCARDED_BYTES {
             return;
         }
     }
@@ -173,7 +170,10 @@ impl<'a> Fields<'a> {
 
                 let mut members = Vec::with_capacity(4);
                 while let Some((Key(name), value)) = map.next_entry()? {
-                    members.push((name, value));
+                    // One beyond the limit shows that there are too many; the rest is not kept.
+                    if members.len() <= limits::BODY_FIELDS {
+                        members.push((name, value));
+                    }
                 }
                 Ok(members)
             }
@@ -189,6 +189,9 @@ impl<'a> Fields<'a> {
                 format!("The body is not JSON: line {}, column {}", error.line(), error.column()),
             ),
         })?;
+        if members.len() > limits::BODY_FIELDS {
+            return Err(Problem::invalid(format!("The body has more than {} fields", limits::BODY_FIELDS)));
+        }
         for (at, (name, _)) in members.iter().enumerate() {
             if members[..at].iter().any(|(earlier, _)| earlier == name) {
                 return Err(Problem::invalid(format!("{} appears twice in the body", shorten(name, 64))));

@@ -90,7 +90,7 @@ async fn findings(settings: &Settings) -> Vec<Finding> {
             findings.push(("store", Ok("opens".to_owned())));
             findings.push(("key", Err(error.to_string())));
         }
-        Err(error) => findings.push(("store", Err(error.to_string()))),
+        Err(error) => findings.push(("store", Err(node::explain(&error)))),
     }
     findings
 }

@@ -1,7 +1,7 @@
 //! What happens to every request before and after its handler: id, checks of the connection's claims,
 //! errors made into documents, one line in the log.
 
-use std::{panic::AssertUnwindSafe, sync::Arc, time::Instant};
+use std::{net::IpAddr, panic::AssertUnwindSafe, sync::Arc, time::Instant};
 
 use axum::{
     extract::{MatchedPath, Request, State},
@@ -11,14 +11,20 @@ use axum::{
 use futures_util::FutureExt;
 use http::{HeaderMap, HeaderName, HeaderValue, header};
 use mcp_shared::{
-    error::{ErrorCode, WorkerError, shorten},
+    error::{ErrorCode, Outcome, WorkerError, shorten},
     ids::RequestId,
+    limits,
 };
 
 use crate::{body::Discarding, problem::Problem};
 
 /// The header that names a request.
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// The route whose errors say what is known about the call.
+const CALL: &str = "/mcp/tool/call";
+/// Probes come to a node's address, whatever it is called, and learn nothing there.
+const PROBES: [&str; 2] = ["/healthz", "/readyz"];
 
 /// Which `Host` and `Origin` headers are accepted.
 #[derive(Debug)]
@@ -32,24 +38,28 @@ impl Allowed {
     /// carry them come from this machine or from somebody who can write any header.
     pub fn new(hosts: Vec<String>, origins: Vec<String>, listen: String) -> Self {
         let mut hosts: Vec<_> = hosts.into_iter().map(|host| host.to_ascii_lowercase()).collect();
-        // "All addresses" is an address to listen on, not one that an honest client asks for.
-        if !listen.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_unspecified()) {
-            hosts.push(listen.to_ascii_lowercase());
+        match listen.parse::<IpAddr>() {
+            // "All addresses" is an address to listen on, not one that an honest client asks for.
+            Ok(address) if address.is_unspecified() => {}
+            Ok(IpAddr::V6(address)) => hosts.push(format!("[{address}]")),
+            _ => hosts.push(listen.to_ascii_lowercase()),
         }
         Self { hosts, origins }
     }
 
     /// Refuses requests that a web page made in somebody's browser (DNS rebinding, cross-site), and
     /// those whose head says two things at once.
-    fn check(&self, request: &Request) -> Result<(), Problem> {
+    fn check(&self, request: &Request, route: Option<&str>) -> Result<(), Problem> {
         let headers = request.headers();
+        within_limits(request)?;
         let host = single(headers, &header::HOST)?;
         // A target may name the host as well (`GET http://host/path`), and then that is who is meant.
         let target = request.uri().authority().map(|authority| authority.as_str().to_owned());
         if host.is_none() && target.is_none() {
             return Err(Problem::invalid("The Host header is required"));
         }
-        if host.into_iter().chain(target).any(|host| !self.host_allowed(&host)) {
+        let probe = route.is_some_and(|route| PROBES.contains(&route));
+        if !probe && host.into_iter().chain(target).any(|host| !self.host_allowed(&host)) {
             return Err(Problem::new(
                 ErrorCode::HostNotAllowed,
                 "The Host header names a host that is not allowed",
@@ -83,6 +93,22 @@ impl Allowed {
     }
 }
 
+/// Refuses heads that are too large for this API although the HTTP parser takes them.
+fn within_limits(request: &Request) -> Result<(), Problem> {
+    if request.uri().path_and_query().is_some_and(|path| path.as_str().len() > limits::URI_BYTES) {
+        return Err(Problem::new(ErrorCode::UriTooLong, "The address of the request is too long"));
+    }
+    let headers = request.headers();
+    let bytes: usize = headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 4).sum();
+    if bytes > limits::HEAD_BYTES || headers.len() > limits::HEADER_COUNT {
+        return Err(Problem::new(
+            ErrorCode::HeadersTooLarge,
+            "The request has too many or too large headers",
+        ));
+    }
+    Ok(())
+}
+
 fn without_port(host: &str) -> &str {
     match host.rsplit_once(':') {
         Some((name, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) && !name.ends_with(':') => name,
@@ -92,7 +118,7 @@ fn without_port(host: &str) -> &str {
 
 fn is_loopback(name: &str) -> bool {
     let name = name.trim_start_matches('[').trim_end_matches(']');
-    name == "localhost" || name.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
+    name == "localhost" || name.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
 }
 
 fn single(headers: &HeaderMap, name: &HeaderName) -> Result<Option<String>, Problem> {
@@ -114,20 +140,23 @@ pub async fn edge(State(allowed): State<Arc<Allowed>>, mut request: Request, nex
     let route = request.extensions().get::<MatchedPath>().map(|path| path.as_str().to_owned());
     let method = request.method().clone();
     let (id, checked) = match request_id(request.headers()) {
-        Ok(id) => (id, allowed.check(&request)),
+        Ok(id) => (id, allowed.check(&request, route.as_deref())),
         Err(problem) => (RequestId::generate(), Err(problem)),
     };
     request.extensions_mut().insert(id.clone());
     let body = std::mem::take(request.body_mut());
     *request.body_mut() = Discarding::wrap(request.headers(), body);
+    // Whatever is wrong with a call before its handler, it was not started.
+    let of_route =
+        |problem: Problem| if route.as_deref() == Some(CALL) { problem.not_started() } else { problem };
     let mut response = match checked {
-        Err(problem) => problem.into_answer(&id),
+        Err(problem) => of_route(problem).into_answer(&id),
         Ok(()) => match AssertUnwindSafe(next.run(request)).catch_unwind().await {
             Ok(mut response) => match response.extensions_mut().remove::<Problem>() {
                 Some(problem) => {
                     let code = problem.code();
                     let allow = response.headers_mut().remove(header::ALLOW);
-                    let mut answer = problem.into_answer(&id);
+                    let mut answer = of_route(problem).into_answer(&id);
                     answer.extensions_mut().insert(code);
                     if let Some(allow) = allow {
                         answer.headers_mut().insert(header::ALLOW, allow);
@@ -137,7 +166,12 @@ pub async fn edge(State(allowed): State<Arc<Allowed>>, mut request: Request, nex
                 None => response,
             },
             // The panic hook has logged where it happened.
-            Err(_) => Problem::from(WorkerError::internal("a handler panicked")).into_answer(&id),
+            Err(_) => {
+                let error = WorkerError::internal("a handler panicked");
+                let error =
+                    if route.as_deref() == Some(CALL) { error.outcome(Outcome::Unknown) } else { error };
+                Problem::from(error).into_answer(&id)
+            }
         },
     };
     if let Ok(value) = HeaderValue::from_str(id.as_str()) {

@@ -26,7 +26,7 @@ use tokio::{
     signal::unix::{SignalKind, signal},
     time::{Instant, timeout, timeout_at},
 };
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 /// The exit status for settings that no restart mends (`EX_CONFIG` of sysexits.h).
 pub const EX_CONFIG: u8 = 78;
@@ -55,6 +55,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    supervisor::protect_process();
     // The supervisor is this executable under another argument, before any thread exists.
     if std::env::args_os().nth(1).is_some_and(|argument| argument == supervisor::ARGUMENT) {
         return supervisor::run();
@@ -92,6 +93,9 @@ async fn run(settings: &Settings) -> ExitCode {
     for warning in &settings.warnings {
         tracing::warn!("{warning}");
     }
+    for name in settings.later.keys() {
+        tracing::warn!("{name} is set, but this version does not use it");
+    }
     let stop = CancellationToken::new();
     if let Err(error) = stop_on_signals(stop.clone()) {
         complain(&format!("signals cannot be received: {error}"));
@@ -106,10 +110,11 @@ async fn run(settings: &Settings) -> ExitCode {
             return ExitCode::from(EX_TEMPFAIL);
         }
     };
-    let (worker, router) = match start(settings).await {
+    let changes = TaskTracker::new();
+    let (worker, router) = match start(settings, changes.clone()).await {
         Ok(started) => started,
         Err(error) => {
-            complain(&error.to_string());
+            complain(&node::explain(&error));
             return ExitCode::from(if error.is_configuration() { EX_CONFIG } else { EX_TEMPFAIL });
         }
     };
@@ -121,6 +126,9 @@ async fn run(settings: &Settings) -> ExitCode {
     if late {
         tracing::warn!("requests were still open when the time to stop was over");
     }
+    // Changes whose callers are gone are carried through all the same.
+    changes.close();
+    let _ = timeout_at(drained, changes.wait()).await;
     worker.shutdown(drained.saturating_duration_since(Instant::now())).await;
     if late {
         // Calls that ended because their server was stopped have answers too.
@@ -131,13 +139,17 @@ async fn run(settings: &Settings) -> ExitCode {
 }
 
 /// The program on one machine: this is the only place that knows the worker behind the API.
-async fn start(settings: &Settings) -> Result<(Arc<Worker>, axum::Router), node::NodeError> {
+async fn start(
+    settings: &Settings,
+    changes: TaskTracker,
+) -> Result<(Arc<Worker>, axum::Router), node::NodeError> {
     let vault = node::open(settings).await?;
     let worker = Worker::open(vault.clone(), supervisor::this_program()).await?;
     let app = app::App {
         vault,
         worker: Arc::clone(&worker) as Arc<dyn WorkerApi>,
         payload_limit: settings.payload_limit,
+        changes,
     };
     let allowed = edge::Allowed::new(
         settings.allowed_hosts.clone(),

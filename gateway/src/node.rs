@@ -27,7 +27,7 @@ pub const KEY_FILE: &str = "secrets.key";
 #[derive(Debug, thiserror::Error)]
 pub enum NodeError {
     /// The store does not open.
-    #[error("{0}")]
+    #[error(transparent)]
     Open(#[from] OpenError),
     /// The key is weak, missing or another one than the data was encrypted with.
     #[error("{0}")]
@@ -51,8 +51,28 @@ pub enum NodeError {
 impl NodeError {
     /// Whether the settings are to blame, so that starting again changes nothing.
     pub fn is_configuration(&self) -> bool {
-        matches!(self, NodeError::Key(_))
+        match self {
+            NodeError::Key(_) => true,
+            // Another program may go away; a damaged file and missing rights do not mend themselves.
+            NodeError::Open(error) => !matches!(error, OpenError::Locked { .. }),
+            _ => false,
+        }
     }
+}
+
+/// An error with its causes, in one line.
+pub fn explain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        source = cause.source();
+    }
+    text
 }
 
 impl From<VaultError> for NodeError {

@@ -130,6 +130,8 @@ pub fn status(code: ErrorCode) -> StatusCode {
         ErrorCode::ServerAlreadyExists | ErrorCode::ServerDisabled | ErrorCode::Conflict => {
             StatusCode::CONFLICT
         }
+        ErrorCode::UriTooLong => StatusCode::URI_TOO_LONG,
+        ErrorCode::HeadersTooLarge => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
         ErrorCode::PayloadTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
         ErrorCode::UnsupportedMediaType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
         ErrorCode::SecretIntegrity | ErrorCode::Internal => StatusCode::INTERNAL_SERVER_ERROR,

@@ -24,8 +24,9 @@ pub async fn serve(listener: TcpListener, router: Router, stop: CancellationToke
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new())
         .header_read_timeout(limits::HEADER_TIMEOUT)
-        .max_headers(limits::HEADER_COUNT)
-        .max_buf_size(limits::HEAD_BYTES);
+        // Twice what is allowed: what is only a little too large gets a proper answer from the edge.
+        .max_headers(2 * limits::HEADER_COUNT)
+        .max_buf_size(2 * (limits::HEAD_BYTES + limits::URI_BYTES));
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,

@@ -56,6 +56,8 @@ error_codes! {
     InvalidServerName = "invalid_server_name", retryable false, "The server's name is not one that a server can have.";
     InvalidArguments = "invalid_arguments", retryable false, "The MCP server refused the arguments (JSON-RPC -32602).";
     UnsupportedMediaType = "unsupported_media_type", retryable false, "The body must be sent as `application/json`.";
+    UriTooLong = "uri_too_long", retryable false, "The request's address is longer than any that the API has.";
+    HeadersTooLarge = "headers_too_large", retryable false, "The request has too many headers, or too large ones.";
     PayloadTooLarge = "payload_too_large", retryable false, "The body is larger than `PAYLOAD_LIMIT`.";
     RequestTimeout = "request_timeout", retryable true, "The body did not arrive in time.";
     HostNotAllowed = "host_not_allowed", retryable false, "The `Host` header names a host that is not in `ALLOWED_HOSTS`.";
@@ -151,6 +153,12 @@ impl WorkerError {
     /// States what is known about the call.
     pub fn outcome(mut self, outcome: Outcome) -> Self {
         self.outcome = Some(outcome);
+        self
+    }
+
+    /// States what is known about the call, unless somebody who knew better did.
+    pub fn or_outcome(mut self, outcome: Outcome) -> Self {
+        self.outcome.get_or_insert(outcome);
         self
     }
 

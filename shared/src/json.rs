@@ -4,8 +4,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
-/// The deepest nesting that a request body or a server's arguments may have.
-pub const MAX_DEPTH: usize = 128;
+use crate::limits::JSON_DEPTH;
 
 /// One valid JSON document as the bytes that somebody sent. Cloning it copies no bytes.
 #[derive(Clone, PartialEq, Eq)]
@@ -84,8 +83,8 @@ impl<'de> Deserialize<'de> for RawJson {
 /// Why a text was refused although its grammar may be that of JSON.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
-    /// Nested deeper than [`MAX_DEPTH`].
-    #[error("nested more than {MAX_DEPTH} levels deep")]
+    /// Nested deeper than [`JSON_DEPTH`].
+    #[error("nested more than {JSON_DEPTH} levels deep")]
     TooDeep,
     /// An escape such as `\ud800` without its other half.
     #[error("a string has half of a surrogate pair")]
@@ -106,7 +105,7 @@ pub fn screen(text: &[u8]) -> Result<(), Refused> {
             b'"' => at = screen_string(text, at + 1)?,
             b'{' | b'[' => {
                 depth += 1;
-                if depth > MAX_DEPTH {
+                if depth > JSON_DEPTH {
                     return Err(Refused::TooDeep);
                 }
                 at += 1;
@@ -180,8 +179,8 @@ mod tests {
     #[test]
     fn screens_depth_surrogates_and_numbers() {
         let deep = |n: usize| [vec![b'['; n], vec![b']'; n]].concat();
-        assert_eq!(screen(&deep(MAX_DEPTH)), Ok(()));
-        assert_eq!(screen(&deep(MAX_DEPTH + 1)), Err(Refused::TooDeep));
+        assert_eq!(screen(&deep(JSON_DEPTH)), Ok(()));
+        assert_eq!(screen(&deep(JSON_DEPTH + 1)), Err(Refused::TooDeep));
         assert_eq!(screen(&deep(100_000)), Err(Refused::TooDeep));
         for good in [r#""[[[ \" \\ \ud83d\ude00""#, "[1e300,-1.5E-400,0]", r#""\\ud800""#] {
             assert_eq!(screen(good.as_bytes()), Ok(()), "{good}");

@@ -1,5 +1,6 @@
-//! The normative table of limits and times that are not settings. Everything that bounds something
-//! takes its number from here; records and requests may override where the comment says so.
+//! The normative table of limits and times that are not settings. What bounds something that users can
+//! see takes its number from here; records and requests may override where the comment says so. (The
+//! grammar of names, with their lengths, stands in [`crate::ids`].)
 
 use std::time::Duration;
 
@@ -53,6 +54,12 @@ table! {
     TOOL_PAGES: usize = 1_000;
     /// Progress events that wait for a slow reader; further ones are dropped, results never.
     PROGRESS_QUEUE: usize = 64;
+    /// Bytes of one progress report.
+    PROGRESS_BYTES: usize = 64 * 1024;
+    /// Bytes of the id of a request that a server makes.
+    REQUEST_ID_BYTES: usize = 256;
+    /// How long a server that announces new tools waits to be asked again.
+    LISTING_PAUSE: Duration = Duration::from_secs(1);
     /// How long a cancelled call may hold its slot while the server makes up its mind.
     CANCEL_GRACE: Duration = Duration::from_secs(5);
     /// How long calls in flight may take when their server is stopped by an administrator.
@@ -77,12 +84,20 @@ table! {
     HEADER_TIMEOUT: Duration = Duration::from_secs(10);
     /// How long a client may take to send the body of a request.
     BODY_TIMEOUT: Duration = Duration::from_secs(30);
-    /// How long calls in flight have to finish when the program stops.
-    SHUTDOWN_DRAIN: Duration = Duration::from_secs(30);
-    /// Bytes of all request heads' lines together.
+    /// Bytes of a request's address.
+    URI_BYTES: usize = 8 * 1024;
+    /// Bytes of a request's header fields together.
     HEAD_BYTES: usize = 64 * 1024;
     /// Header fields of one request.
     HEADER_COUNT: usize = 100;
+    /// Fields of one request body.
+    BODY_FIELDS: usize = 256;
+    /// Nesting of a request body.
+    JSON_DEPTH: usize = 128;
+    /// Bytes of a refused body that are taken in only so that its sender can read the answer.
+    DISCARDED_BYTES: usize = 64 * 1024 * 1024;
+    /// Bytes of a server's command, arguments and environment together.
+    COMMAND_BYTES: usize = 1024 * 1024;
     /// Connections that one gateway serves at once.
     CONNECTIONS: usize = 10_000;
 }

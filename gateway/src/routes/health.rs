@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use axum::{extract::State, response::Response};
 use http::StatusCode;
-use mcp_shared::error::WorkerError;
+use mcp_shared::error::{ErrorCode, WorkerError};
 use serde_json::json;
 
 use crate::{
@@ -19,7 +19,20 @@ pub async fn healthz() -> Response {
 
 /// `GET /readyz`: the store can be written and calls can be taken; otherwise 503 that names what not.
 pub async fn readyz(State(app): State<Arc<App>>) -> Result<Response, Problem> {
-    app.worker.ready().await.map_err(|error| error.with("component", "worker"))?;
-    app.vault.ping().await.map_err(|error| WorkerError::from(error).with("component", "store"))?;
-    Ok(json_response(StatusCode::OK, &json!({"status": "ready"})))
+    let (worker, store) = tokio::join!(app.worker.ready(), app.vault.ping());
+    let mut missing = Vec::new();
+    let mut code = ErrorCode::StoreUnavailable;
+    if let Err(error) = store {
+        tracing::warn!(error.cause = %error, "not ready: the store");
+        missing.push("store");
+    }
+    if let Err(error) = worker {
+        missing.push("worker");
+        code = error.code;
+    }
+    if missing.is_empty() {
+        return Ok(json_response(StatusCode::OK, &json!({"status": "ready"})));
+    }
+    let text = format!("Not ready: {}", missing.join(", "));
+    Err(WorkerError::new(code, text).with("notReady", missing).into())
 }

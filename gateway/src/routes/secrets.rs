@@ -31,14 +31,16 @@ pub async fn set(State(app): State<Arc<App>>, headers: HeaderMap, body: Body) ->
         return Err(Problem::invalid(text));
     }
     let (server, name) = app.target(&fields).await?;
-    match app.vault.put_secret(&user, &server, &name, &value.into()).await {
+    let change = Change::Secret { user: user.clone(), server: server.clone(), name: name.clone() };
+    let (vault, of) = (app.vault.clone(), server.clone());
+    let write = async move { vault.put_secret(&user, &of, &name, &value.into()).await };
+    match app.commit(change, write).await? {
         Ok(()) => {}
         Err(VaultError::Store(StoreError::NotFound)) => {
             return Err(WorkerError::server_not_found(&server).into());
         }
         Err(error) => return Err(error.into()),
     }
-    app.worker.announce(Change::Secret { user, server, name }).await?;
     Ok(json_response(StatusCode::OK, &json!({"success": true})))
 }
 
@@ -55,8 +57,9 @@ pub async fn delete(
     if app.vault.server(&server).await?.is_none() {
         return Err(WorkerError::server_not_found(&server).into());
     }
-    app.vault.delete_secret(&user, &server, &name).await?;
-    app.worker.announce(Change::Secret { user, server, name }).await?;
+    let change = Change::Secret { user: user.clone(), server: server.clone(), name: name.clone() };
+    let vault = app.vault.clone();
+    app.commit(change, async move { vault.delete_secret(&user, &server, &name).await }).await??;
     Ok(json_response(StatusCode::OK, &json!({"success": true})))
 }
 

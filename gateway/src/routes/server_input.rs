@@ -22,8 +22,6 @@ const HTTP_FIELDS: [&str; 4] = ["url", "headers", "sessionId", "reconnectionOpti
 /// Descriptive fields that are kept and shown, and mean nothing to us.
 const DESCRIPTIVE: [&str; 6] =
     ["homepageUrl", "repositoryUrl", "licenseName", "catalogProvider", "catalogId", "createdBy"];
-/// The most bytes that a command line and an environment may have together; systems allow little more.
-const COMMAND_BYTES: usize = 1024 * 1024;
 
 /// A record from the body of `POST /mcp/servers`.
 pub fn new_record(fields: &Fields<'_>) -> Result<ServerRecord, Problem> {
@@ -200,7 +198,7 @@ fn check_whole(record: &ServerRecord) -> Result<(), Problem> {
     if texts.clone().any(|text| text.contains('\0')) {
         return Err(Problem::invalid("command, args and env cannot contain NUL"));
     }
-    if texts.map(String::len).sum::<usize>() > COMMAND_BYTES {
+    if texts.map(String::len).sum::<usize>() > limits::COMMAND_BYTES {
         return Err(Problem::invalid("command, args and env are too large together"));
     }
     Ok(())

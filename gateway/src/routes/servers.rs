@@ -55,14 +55,16 @@ pub async fn add(State(app): State<Arc<App>>, headers: HeaderMap, body: Body) ->
     let user = user(&fields)?;
     let record = new_record(&fields)?;
     not_builtin(&record.name)?;
-    match app.vault.insert_server(&record).await {
+    let (vault, new) = (app.vault.clone(), record.clone());
+    let change = Change::Server { server: record.name.clone() };
+    match app.commit(change, async move { vault.insert_server(&new).await }).await? {
         Ok(_) => {}
         Err(VaultError::Store(StoreError::AlreadyExists { existing })) => {
             return Err(exists(&record.name, &existing));
         }
         Err(error) => return Err(error.into()),
     }
-    let report = app.changed(&record, &user).await?;
+    let report = app.running(&record, &user).await?;
     app.answer(&record, report, Detail::Summary).await
 }
 
@@ -95,10 +97,11 @@ pub async fn disable(State(app): State<Arc<App>>, Server(name): Server) -> Resul
 /// for it included.
 pub async fn delete(State(app): State<Arc<App>>, Server(name): Server) -> Result<Response, Problem> {
     not_builtin(&name)?;
-    if !app.vault.delete_server(&name).await? {
+    let (vault, of) = (app.vault.clone(), name.clone());
+    let change = Change::Server { server: name.clone() };
+    if !app.commit(change, async move { vault.delete_server(&of).await }).await?? {
         return Err(absent(&name).into());
     }
-    app.worker.announce(Change::Server { server: name }).await?;
     Ok(json_response(StatusCode::OK, &json!({"success": true})))
 }
 
@@ -157,22 +160,23 @@ impl App {
             let stored = self.vault.server(name).await?.ok_or_else(&missing)?;
             let next = change(&stored.value)?;
             if next != stored.value {
-                match self.vault.replace_server(&next, stored.revision).await {
+                let (vault, new) = (self.vault.clone(), next.clone());
+                let write = async move { vault.replace_server(&new, stored.revision).await };
+                match self.commit(Change::Server { server: name.clone() }, write).await? {
                     Ok(_) => {}
                     Err(VaultError::Store(StoreError::Conflict)) => continue,
                     Err(VaultError::Store(StoreError::NotFound)) => return Err(missing().into()),
                     Err(error) => return Err(error.into()),
                 }
             }
-            let report = self.changed(&next, user).await?;
+            let report = self.running(&next, user).await?;
             return self.answer(&next, report, Detail::Full).await;
         }
         Err(Problem::new(ErrorCode::Conflict, "The server was changed by others at the same time; try again"))
     }
 
-    /// Makes a stored change true: workers drop what it ends, and start what it wants.
-    async fn changed(&self, record: &ServerRecord, user: &UserId) -> Result<Option<ServerReport>, Problem> {
-        self.worker.announce(Change::Server { server: record.name.clone() }).await?;
+    /// Waits until a server that may run does, or failed to.
+    async fn running(&self, record: &ServerRecord, user: &UserId) -> Result<Option<ServerReport>, Problem> {
         if !record.enabled {
             return Ok(None);
         }

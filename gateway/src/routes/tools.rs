@@ -40,12 +40,13 @@ pub async fn call(
 ) -> Result<Response, Problem> {
     let (context, call) = read_call(&app, id.clone(), &headers, body).await.map_err(Problem::not_started)?;
     let progress = call.progress;
-    let stream = app.worker.call_tool(context, call).await?;
+    let stream = app.worker.call_tool(context, call).await;
+    let stream = stream.map_err(|error| error.or_outcome(Outcome::NotStarted))?;
     if progress {
         return Ok(events(stream, id));
     }
     // Dropping this future, which the HTTP server does when the client goes away, cancels the call.
-    let result = stream.result().await?;
+    let result = stream.result().await.map_err(|error| error.or_outcome(Outcome::Unknown))?;
     Ok(json_bytes(StatusCode::OK, success(&result)))
 }
 
@@ -108,6 +109,7 @@ fn events(stream: CallStream, id: RequestId) -> Response {
             Some(CallEvent::Progress(params)) => ("progress", text(params.bytes()), Some((stream, id))),
             Some(CallEvent::Done(Ok(result))) => ("result", text(&success(&result)), None),
             Some(CallEvent::Done(Err(error))) => {
+                let error = error.or_outcome(Outcome::Unknown);
                 ("error", Problem::from(error).envelope(&id).to_string(), None)
             }
             None => {

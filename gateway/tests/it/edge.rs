@@ -122,8 +122,10 @@ async fn web_pages_and_foreign_names_are_refused() {
     }
     let twice = get().header(header::ORIGIN, "http://evil.com").header(header::ORIGIN, own);
     api.send(twice).await.fails(400, "invalid_request");
-    // The edge stands in front of every route, and of those that do not exist.
-    for path in ["/healthz", "/mcp/tools", "/nowhere", "/mcp/servers/echo"] {
+    // The edge stands in front of every route, and of those that do not exist; only probes may come to
+    // whatever address a node has.
+    api.send(api.request(Method::GET, "/healthz").header(header::HOST, "10.0.0.7:8080")).await.ok();
+    for path in ["/mcp/tools", "/nowhere", "/mcp/servers/echo"] {
         let answer = api.send(api.request(Method::GET, path).header(header::HOST, "evil.com")).await;
         answer.fails(403, "host_not_allowed");
     }
@@ -490,6 +492,18 @@ async fn heads_that_are_too_large_are_refused() {
         let refused = ["HTTP/1.1 431 ", "HTTP/1.1 400 ", ""].iter().any(|start| answer.starts_with(start));
         assert!(refused && !answer.contains("\"ok\""), "{answer:.200}");
     }
+    // What the HTTP parser still takes is refused in the words of the API.
+    let get = || api.request(Method::GET, "/healthz");
+    let crowd = (0..110).fold(get(), |request, at| request.header(format!("x-header-{at}"), "value"));
+    api.send(crowd).await.fails(431, "headers_too_large");
+    api.send(get().header("x-large", "x".repeat(70_000))).await.fails(431, "headers_too_large");
+    let long = format!("/mcp/servers/{}", "x".repeat(20_000));
+    api.send(api.request(Method::GET, &long)).await.fails(414, "uri_too_long");
+    let fields: String = (0..300_000).map(|at| format!(",\"f{at}\":0")).collect();
+    let crowded =
+        api.request(Method::POST, "/mcp/tool/call").header(header::CONTENT_TYPE, "application/json");
+    let answer = api.send(crowded.body(format!("{{\"serverName\":\"echo\"{fields}}}"))).await;
+    assert_eq!(answer.fails(400, "invalid_request").json()["outcome"], "not_started");
     for nonsense in [
         "\r\n\r\n\r\n\r\n",
         "GET\r\n\r\n",

@@ -481,3 +481,45 @@ async fn a_server_that_stops_reading_for_good_is_replaced() {
     eventually("a call works", async || api.call("deaf", "any", json!({})).await.status == 200).await;
     assert_eq!(lines(&starts), 2);
 }
+
+/// Sends a request whose sender is gone before the answer.
+async fn hang_up_on(api: &Deployment, method: &str, path: &str) {
+    use tokio::io::AsyncWriteExt;
+
+    let mut stream = tokio::net::TcpStream::connect(api.address()).await.unwrap();
+    let head = format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n");
+    stream.write_all(head.as_bytes()).await.unwrap();
+    stream.shutdown().await.unwrap();
+}
+
+/// A change is a write to the store and the workers' taking note of it. A sender that hangs up between the
+/// two, or while a server takes its time to stop, must find both or neither.
+#[tokio::test]
+async fn a_sender_who_hangs_up_leaves_no_half_change() {
+    let api = Deployment::start().await;
+    api.add_fixture("slow", &["--ignore-stop"], json!({})).await;
+    for round in 0..4 {
+        let change = if round % 2 == 0 { "disable" } else { "enable" };
+        hang_up_on(&api, "PUT", &format!("/mcp/servers/slow/{change}")).await;
+        eventually("what is stored and what runs agree", async || {
+            let stored = api.server("slow").await["enabled"] == true;
+            let answer = api.call("slow", "echo", json!({"text": "hi"})).await;
+            match answer.status {
+                200 => stored,
+                409 => !stored,
+                other => panic!("{other}: {}", answer.text),
+            }
+        })
+        .await;
+    }
+    api.put("/mcp/servers/slow/enable", None).await.ok();
+    assert_eq!(api.call("slow", "echo", json!({"text": "hi"})).await.tool_text(), "hi");
+    hang_up_on(&api, "DELETE", "/mcp/servers/slow").await;
+    eventually("it is gone, or still there and well", async || {
+        match api.call("slow", "echo", json!({"text": "hi"})).await.status {
+            404 => api.get("/mcp/servers/slow").await.status == 404,
+            status => status == 200 && api.get("/mcp/servers/slow").await.status == 200,
+        }
+    })
+    .await;
+}

@@ -40,7 +40,7 @@ fn nothing_set_gives_the_defaults() {
     assert_eq!((settings.port, settings.auth, settings.debug), (8080, Auth::Unset, false));
     assert_eq!(settings.data_dir, Path::new("./data"));
     assert_eq!(settings.payload_limit, 6 * 1024 * 1024);
-    assert_eq!(settings.shutdown_timeout, crate::limits::SHUTDOWN_DRAIN);
+    assert_eq!(settings.shutdown_timeout, Duration::from_secs(30));
     assert_eq!(settings.log_format, LogFormat::Auto);
     assert!(settings.secrets_key.is_none() && settings.secrets_keys_file.is_none());
     assert!(settings.legacy.is_none() && settings.log_filter.is_none());
