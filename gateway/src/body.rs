@@ -18,7 +18,7 @@ use mcp_shared::{
     json::{self, RawJson},
     limits,
 };
-use serde::{Deserialize, Deserializer, de};
+use serde::Deserialize;
 use serde_json::value::RawValue;
 use tokio::{runtime::Handle, time::timeout};
 
@@ -155,32 +155,7 @@ impl<T> Field<T> {
 impl<'a> Fields<'a> {
     /// Takes a body apart.
     pub fn parse(whole: &'a Bytes) -> Result<Self, Problem> {
-        struct Members;
-
-        impl<'de> de::Visitor<'de> for Members {
-            type Value = Vec<(Cow<'de, str>, &'de RawValue)>;
-
-            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                f.write_str("an object")
-            }
-
-            fn visit_map<A: de::MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-                #[derive(Deserialize)]
-                struct Key<'a>(#[serde(borrow)] Cow<'a, str>);
-
-                let mut members = Vec::with_capacity(4);
-                while let Some((Key(name), value)) = map.next_entry()? {
-                    // One beyond the limit shows that there are too many; the rest is not kept.
-                    if members.len() <= limits::BODY_FIELDS {
-                        members.push((name, value));
-                    }
-                }
-                Ok(members)
-            }
-        }
-
-        let mut reader = serde_json::Deserializer::from_slice(whole);
-        let members = reader.deserialize_map(Members).and_then(|members| reader.end().map(|()| members));
+        let members = json::members(whole, limits::BODY_FIELDS);
         let members = members.map_err(|error| match error.classify() {
             serde_json::error::Category::Data => Problem::invalid("The body must be a JSON object"),
             // The parser's own words can repeat the input; the position cannot.

@@ -1,7 +1,9 @@
 //! Raw JSON: text that is known to be valid and is passed on byte for byte.
 
+use std::borrow::Cow;
+
 use bytes::Bytes;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, de};
 use serde_json::value::RawValue;
 
 use crate::limits::JSON_DEPTH;
@@ -78,6 +80,38 @@ impl<'de> Deserialize<'de> for RawJson {
         let raw = Box::<RawValue>::deserialize(deserializer)?;
         Ok(Self(Bytes::from(String::from(Box::<str>::from(raw)).into_bytes())))
     }
+}
+
+/// The members of an object in their order, with their values unread; an error for anything that is no
+/// object. At most `limit` + 1 are kept, the last of which shows that there are more.
+pub fn members(object: &[u8], limit: usize) -> Result<Vec<(Cow<'_, str>, &RawValue)>, serde_json::Error> {
+    struct Members(usize);
+
+    impl<'de> de::Visitor<'de> for Members {
+        type Value = Vec<(Cow<'de, str>, &'de RawValue)>;
+
+        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("an object")
+        }
+
+        fn visit_map<A: de::MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+            #[derive(Deserialize)]
+            struct Key<'a>(#[serde(borrow)] Cow<'a, str>);
+
+            let mut members = Vec::with_capacity(4);
+            while let Some((Key(name), value)) = map.next_entry()? {
+                if members.len() <= self.0 {
+                    members.push((name, value));
+                }
+            }
+            Ok(members)
+        }
+    }
+
+    let mut reader = serde_json::Deserializer::from_slice(object);
+    let members = reader.deserialize_map(Members(limit))?;
+    reader.end()?;
+    Ok(members)
 }
 
 /// Why a text was refused although its grammar may be that of JSON.

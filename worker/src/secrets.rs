@@ -2,7 +2,6 @@
 //! arguments.
 
 use std::{
-    borrow::Cow,
     hash::{DefaultHasher, Hash, Hasher},
     num::NonZeroUsize,
     sync::{
@@ -15,15 +14,13 @@ use lru::LruCache;
 use mcp_shared::{
     error::WorkerError,
     ids::{SecretName, ServerName, UserId},
-    json::RawJson,
+    json::{self, RawJson},
     limits,
     server::ServerRecord,
     store::SealedSecret,
     vault::{Vault, VaultError},
 };
 use secrecy::{ExposeSecret, SecretString};
-use serde::{Deserializer, de};
-use serde_json::value::RawValue;
 use zeroize::Zeroizing;
 
 use crate::transport::push_string;
@@ -135,7 +132,7 @@ impl SecretCache {
 /// The arguments with the secrets in them, which win over arguments of the same name. Everything else
 /// stays byte for byte, in its order; only the object's own members are looked at.
 pub fn merge(arguments: &RawJson, secrets: &[OpenSecret]) -> Result<Zeroizing<Vec<u8>>, serde_json::Error> {
-    let members = members(arguments)?;
+    let members = json::members(arguments.as_bytes(), usize::MAX - 1)?;
     let extra: usize = secrets.iter().map(|secret| secret.value.expose_secret().len() * 6 + 300).sum();
     // Large enough from the start: growing would leave copies of secrets behind.
     let mut out = Zeroizing::new(Vec::with_capacity(arguments.as_bytes().len() + extra));
@@ -161,35 +158,6 @@ fn push_key(out: &mut Vec<u8>, name: &str) {
     }
     push_string(out, name);
     out.push(b':');
-}
-
-/// An object's members in their order, values unread.
-fn members(object: &RawJson) -> Result<Vec<(Cow<'_, str>, &RawValue)>, serde_json::Error> {
-    struct Members;
-
-    impl<'de> de::Visitor<'de> for Members {
-        type Value = Vec<(Cow<'de, str>, &'de RawValue)>;
-
-        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-            f.write_str("an object")
-        }
-
-        fn visit_map<A: de::MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-            #[derive(serde::Deserialize)]
-            struct Key<'a>(#[serde(borrow)] Cow<'a, str>);
-
-            let mut members = Vec::new();
-            while let Some((Key(name), value)) = map.next_entry()? {
-                members.push((name, value));
-            }
-            Ok(members)
-        }
-    }
-
-    let mut reader = serde_json::Deserializer::from_slice(object.as_bytes());
-    let members = reader.deserialize_map(Members)?;
-    reader.end()?;
-    Ok(members)
 }
 
 #[cfg(test)]
