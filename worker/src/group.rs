@@ -6,9 +6,7 @@ use std::{
     time::Duration,
 };
 
-use deadpool::managed::{
-    Manager, Metrics, Object, Pool, PoolError, QueueMode, RecycleError, RecycleResult, Timeouts,
-};
+use deadpool::managed::{Object, Pool, PoolError, Timeouts};
 use mcp_shared::{
     error::{ErrorCode, Outcome, WorkerError},
     ids::{ServerName, UserId},
@@ -24,11 +22,18 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
+use self::{
+    slots::{Slot, Slots, pool},
+    upkeep::{watch_idle, watch_instance},
+};
 use crate::{
     host::Host,
     instance::{Instance, Launch},
     logs::Log,
 };
+
+mod slots;
+mod upkeep;
 
 /// The record of a server, as it is now. Changes that need no new process show up here.
 pub type CurrentRecord = RwLock<Arc<ServerRecord>>;
@@ -98,34 +103,6 @@ enum Wait<'a> {
     Change(Notified<'a>),
     /// The end of the pause after a failure.
     Until(Instant),
-}
-
-/// The right to one call in flight on one instance.
-pub struct Slot {
-    /// Where the call goes.
-    pub instance: Arc<Instance>,
-}
-
-impl Drop for Slot {
-    fn drop(&mut self) {
-        self.instance.slots.fetch_sub(1, Ordering::AcqRel);
-    }
-}
-
-/// Makes slots for the pool.
-pub struct Slots(Weak<Group>);
-
-impl Manager for Slots {
-    type Type = Slot;
-    type Error = ();
-
-    async fn create(&self) -> Result<Slot, ()> {
-        self.0.upgrade().and_then(|group| group.new_slot()).ok_or(())
-    }
-
-    async fn recycle(&self, slot: &mut Slot, _: &Metrics) -> RecycleResult<()> {
-        if slot.instance.is_open() { Ok(()) } else { Err(RecycleError::Backend(())) }
-    }
 }
 
 impl Group {
@@ -552,84 +529,4 @@ pub fn current(record: &CurrentRecord) -> Arc<ServerRecord> {
 
 fn not_started(error: WorkerError) -> NoSlot {
     NoSlot::Error(error.outcome(Outcome::NotStarted))
-}
-
-/// Slots are taken in turn, so that several processes share the load.
-fn pool(manager: Slots, size: usize) -> Pool<Slots> {
-    let built = Pool::builder(manager)
-        .max_size(size)
-        .queue_mode(QueueMode::Fifo)
-        .runtime(deadpool::Runtime::Tokio1)
-        .build();
-    match built {
-        Ok(pool) => pool,
-        // Only time limits without a runtime are refused, and the runtime is given above.
-        Err(error) => unreachable!("{error}"),
-    }
-}
-
-/// Watches one process: replaces it when it dies, lists its tools again when they change.
-async fn watch_instance(group: Arc<Group>, instance: Arc<Instance>) {
-    loop {
-        tokio::select! {
-            exit = instance.ended() => {
-                group.instance_ended(&instance, exit);
-                return;
-            }
-            () = instance.connection.tools_changed() => {
-                let limit = current(&group.record).startup_limit();
-                match timeout(limit, crate::mcp::list_tools(&instance.connection)).await {
-                    Ok(Ok(tools)) => {
-                        instance.set_tools(tools);
-                        (group.on_tools)(&instance.tools());
-                    }
-                    Ok(Err(refusal)) => group.log.note(&format!("its tools changed, but {refusal}")),
-                    Err(_) => group.log.note("its tools changed, but it did not list them in time"),
-                }
-                // A server may announce changes faster than anybody wants to hear of them.
-                let _ = timeout(limits::LISTING_PAUSE, instance.ended()).await;
-            }
-        }
-    }
-}
-
-/// Stops the processes when nobody called for as long as the record says.
-async fn watch_idle(group: Weak<Group>) {
-    loop {
-        let (pause, retired, stopping) = {
-            let Some(group) = group.upgrade() else { return };
-            let limit = current(&group.record).idle_limit();
-            let mut state = group.state();
-            let idle = state.last_used.elapsed();
-            let busy = state.busy.is_some()
-                || state.instances.iter().any(|instance| instance.in_flight.load(Ordering::Acquire) > 0);
-            let pause = match limit {
-                Some(limit) if idle >= limit && !busy && !state.instances.is_empty() => {
-                    // New calls wait for the end of this, and then start a process again.
-                    let (done, receiver) = watch::channel(());
-                    state.busy = Some(receiver);
-                    state.wanted = false;
-                    let instances = std::mem::take(&mut state.instances);
-                    tracing::info!(server = %group.server, "stopping an idle server");
-                    let stopped = Arc::clone(&group);
-                    group.host.tasks.spawn(async move {
-                        futures_util::future::join_all(instances.iter().map(|one| one.stop())).await;
-                        stopped.state().busy = None;
-                        drop(done);
-                    });
-                    limit
-                }
-                Some(limit) => limit.saturating_sub(idle).max(Duration::from_millis(20)),
-                // The record may get a limit later.
-                None => Duration::from_secs(5),
-            };
-            drop(state);
-            (pause.min(Duration::from_secs(5)), group.retired.clone(), group.host.stopping.clone())
-        };
-        tokio::select! {
-            () = retired.cancelled() => return,
-            () = stopping.cancelled() => return,
-            () = tokio::time::sleep(pause) => {}
-        }
-    }
 }
