@@ -523,3 +523,40 @@ async fn a_sender_who_hangs_up_leaves_no_half_change() {
     })
     .await;
 }
+
+/// A server that may run only once has one process, whatever the load and the record ask for, and its
+/// successor starts when it is gone.
+#[tokio::test]
+async fn a_singleton_runs_once() {
+    let api = Deployment::start().await;
+    let starts = api.data().path().join("starts");
+    let starts = starts.to_str().unwrap();
+    let arguments = ["--more", "--ignore-stop", "--start-file", starts];
+    let record = json!({"scaling": "singleton", "instances": 4, "concurrency": 2});
+    let server = api.add_fixture("only", &arguments, record).await;
+    assert_eq!(server["scaling"], "singleton");
+    let pid = api.pids("only").await;
+    assert_eq!(pid.len(), 1);
+    let calls = (0..20).map(|_| api.call("only", "sleep", json!({"ms": 20})));
+    for answer in futures_util::future::join_all(calls).await {
+        answer.ok();
+    }
+    assert_eq!(api.pids("only").await, pid);
+
+    // The old one does not want to leave. Calls that come meanwhile wait for the new one.
+    let changed = json!({"env": {"CHANGED": "yes"}});
+    let (update, call) = tokio::join!(api.put("/mcp/servers/only", Some(&changed)), async {
+        eventually("the old one is being stopped", async || {
+            api.server("only").await["status"] != "connected" || !alive(pid[0])
+        })
+        .await;
+        let call = api.call("only", "pid", json!({})).await;
+        assert!(!alive(pid[0]), "two of them ran at once");
+        call
+    });
+    update.ok();
+    let new = api.pids("only").await;
+    assert_eq!(new.len(), 1);
+    assert!(call.tool_text().contains(&new[0].to_string()), "{}", call.text);
+    assert_eq!(std::fs::read_to_string(starts).unwrap().lines().count(), 2);
+}
