@@ -44,7 +44,7 @@ table! {
     LINE_BYTES_FATAL: usize = 64 * 1024 * 1024;
     /// Bytes of one stored secret.
     SECRET_BYTES: usize = 64 * 1024;
-    /// Lines of standard error that are kept for each process.
+    /// Lines of standard error that are kept for each server.
     LOG_LINES: usize = 200;
     /// Bytes of one such line; the rest is cut.
     LOG_LINE_BYTES: usize = 4 * 1024;
