@@ -140,10 +140,13 @@ pub fn status(code: ErrorCode) -> StatusCode {
         | ErrorCode::ServerStopped
         | ErrorCode::ServerProtocolError
         | ErrorCode::McpError
+        | ErrorCode::WorkerLost
         | ErrorCode::ResultTooLarge => StatusCode::BAD_GATEWAY,
         ErrorCode::ServerStarting
         | ErrorCode::Cancelled
         | ErrorCode::Overloaded
+        | ErrorCode::NoWorker
+        | ErrorCode::BusUnavailable
         | ErrorCode::ShuttingDown
         | ErrorCode::StoreUnavailable => StatusCode::SERVICE_UNAVAILABLE,
         ErrorCode::DeadlineExceeded => StatusCode::GATEWAY_TIMEOUT,

@@ -79,6 +79,9 @@ error_codes! {
     DeadlineExceeded = "deadline_exceeded", retryable true, "The call did not finish in the time it was given.";
     Cancelled = "cancelled", retryable true, "The call was cancelled before it finished.";
     Overloaded = "overloaded", retryable true, "Too many calls are waiting; try again after `Retry-After` seconds.";
+    NoWorker = "no_worker", retryable true, "No worker can take the call right now; nothing was started.";
+    WorkerLost = "worker_lost", retryable true, "The worker that ran the call is gone; whether the server did it is unknown.";
+    BusUnavailable = "bus_unavailable", retryable true, "The message bus between gateways and workers cannot be reached.";
     ShuttingDown = "shutting_down", retryable true, "This process is stopping.";
     Conflict = "conflict", retryable true, "Somebody else changed the same record at the same time.";
     StoreUnavailable = "store_unavailable", retryable true, "The store did not answer.";

@@ -3,6 +3,8 @@
 pub mod config;
 pub mod crypter;
 pub mod error;
+pub mod fleet;
+pub mod hosting;
 pub mod ids;
 pub mod json;
 pub mod limits;

@@ -10,6 +10,7 @@ use tokio_util::sync::DropGuard;
 
 use crate::{
     error::WorkerError,
+    fleet::Fleet,
     ids::{RequestId, ServerName, ToolName, UserId, WorkerId},
     json::RawJson,
     timestamp::Timestamp,
@@ -67,6 +68,21 @@ impl CallStream {
     /// The next event; `None` after the end.
     pub async fn next(&mut self) -> Option<CallEvent> {
         self.events.recv().await
+    }
+
+    /// The error of a call that ended before it was started.
+    pub(crate) fn poll_end(&mut self, context: &mut std::task::Context<'_>) -> std::task::Poll<WorkerError> {
+        use std::task::Poll;
+        loop {
+            return match self.events.poll_recv(context) {
+                Poll::Pending => Poll::Pending,
+                Poll::Ready(Some(CallEvent::Progress(_))) => continue,
+                Poll::Ready(Some(CallEvent::Done(Err(error)))) => Poll::Ready(error),
+                Poll::Ready(Some(CallEvent::Done(Ok(_))) | None) => {
+                    Poll::Ready(WorkerError::internal("a call ended before it was started"))
+                }
+            };
+        }
     }
 
     /// Waits for the end and passes over progress.
@@ -131,6 +147,10 @@ pub struct ServerReport {
     pub logs: Vec<String>,
     /// Its processes.
     pub instances: Vec<InstanceReport>,
+    /// When it listed its tools, by the worker's clock; `None`: not since the worker started. Of several
+    /// reports the newest listing counts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub listed: Option<Timestamp>,
 }
 
 /// What was changed in the store, and which workers must hear of before the change is answered.
@@ -181,4 +201,7 @@ pub trait WorkerApi: Send + Sync + 'static {
 
     /// Whether calls can be taken; the error says what is missing.
     async fn ready(&self) -> Result<(), WorkerError>;
+
+    /// The nodes that are heard.
+    async fn fleet(&self) -> Result<Fleet, WorkerError>;
 }

@@ -196,6 +196,7 @@ impl Entry {
             tools: lock(&self.tools).clone(),
             logs: self.log.lines(),
             instances,
+            listed: None,
         }
     }
 

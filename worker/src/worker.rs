@@ -10,6 +10,7 @@ use std::{
 use async_trait::async_trait;
 use mcp_shared::{
     error::{ErrorCode, Outcome, WorkerError},
+    fleet::Fleet,
     ids::{ServerName, UserId, WorkerId},
     json::RawJson,
     limits,
@@ -229,5 +230,9 @@ impl WorkerApi for Worker {
             return Err(WorkerError::new(ErrorCode::ShuttingDown, "This worker is stopping"));
         }
         Ok(())
+    }
+
+    async fn fleet(&self) -> Result<Fleet, WorkerError> {
+        Ok(Fleet::default())
     }
 }

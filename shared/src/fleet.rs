@@ -1,0 +1,107 @@
+//! What nodes say of themselves, and the fleet that follows from it.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    ids::{ServerName, WorkerId},
+    timestamp::Timestamp,
+    worker_api::ServerStatus,
+};
+
+/// What a node does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    /// It answers HTTP.
+    Gateway,
+    /// It owns MCP connections.
+    Worker,
+}
+
+/// A node as it describes itself.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct NodeReport {
+    /// Its id, new with every start.
+    pub id: WorkerId,
+    /// What it does.
+    pub role: Role,
+    /// The version of the program.
+    pub version: String,
+    /// When it started, by its own clock.
+    pub started: Timestamp,
+    /// The oldest and the newest wire version that it speaks.
+    pub wire: (u32, u32),
+    /// The ids of its encryption keys, the one that encrypts first.
+    pub keys: Vec<String>,
+    /// The processors that it may use: its weight when servers are placed.
+    pub capacity: u32,
+    /// It takes nothing new, because it is about to stop.
+    pub draining: bool,
+    /// The servers that it owns; empty for a gateway.
+    pub servers: Vec<ServerLoad>,
+}
+
+/// A server that a worker owns, and how busy it is there.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ServerLoad {
+    /// Which server.
+    pub name: ServerName,
+    /// The best state of its instances.
+    pub status: ServerStatus,
+    /// Its processes.
+    pub instances: usize,
+    /// Users that have a process of their own here.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub users: usize,
+    /// Calls that may be in flight at once.
+    pub slots: usize,
+    /// Calls that hold a slot.
+    pub in_flight: usize,
+    /// Calls that wait for one.
+    pub waiting: usize,
+    /// How long the call that got the last slot, or that waits longest, has waited, in milliseconds.
+    pub wait_ms: u64,
+    /// Since when it is owned, by the worker's clock.
+    pub since: Timestamp,
+}
+
+fn is_zero(count: &usize) -> bool {
+    *count == 0
+}
+
+/// A node as somebody else sees it.
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct NodeView {
+    /// What it said last.
+    #[serde(flatten)]
+    pub report: NodeReport,
+    /// How long ago it said so, in milliseconds.
+    pub heard_ms: u64,
+}
+
+/// All nodes that are heard.
+#[derive(Debug, Clone, Default, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Fleet {
+    /// Workers, oldest first.
+    pub workers: Vec<NodeView>,
+    /// Gateways, oldest first.
+    pub gateways: Vec<NodeView>,
+}
+
+impl NodeView {
+    /// A node seen by itself.
+    pub fn of_myself(report: NodeReport) -> Self {
+        Self { report, heard_ms: 0 }
+    }
+
+    /// A node that was heard some time ago.
+    pub fn heard(report: NodeReport, ago: Duration) -> Self {
+        Self { report, heard_ms: u64::try_from(ago.as_millis()).unwrap_or(u64::MAX) }
+    }
+}

@@ -1,0 +1,144 @@
+//! What a worker offers to whoever brings it calls in steps: admission first, arguments when a slot is
+//! held. In process the steps follow each other at once; over the bus there are messages in between.
+
+use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
+use tokio::sync::oneshot;
+
+use crate::{
+    error::{Outcome, WorkerError},
+    fleet::NodeReport,
+    ids::{ServerName, ToolName, WorkerId},
+    json::RawJson,
+    worker_api::{CallContext, CallStream, WorkerApi},
+};
+
+/// How far a worker may go to take a call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Placing {
+    /// Only if it owns the server (for per-user servers: the user's process) already.
+    Owned,
+    /// It becomes the owner, unless a lease says that somebody else is.
+    Take,
+    /// As [`Placing::Take`]; the owner that the lease names is lost, so it waits until the lease has run
+    /// out, and takes it then.
+    TakeOver,
+}
+
+/// A call as it is offered: everything but the arguments.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct CallOffer {
+    /// Which server.
+    pub server: ServerName,
+    /// Which of its tools.
+    pub tool: ToolName,
+    /// Whether the caller wants to hear about progress.
+    pub progress: bool,
+    /// Whether the worker may become the owner.
+    pub placing: Placing,
+}
+
+/// Why an offer is not taken. In every case the call was not started.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "why", rename_all = "snake_case")]
+pub enum Refusal {
+    /// Another worker owns what the call needs, or nobody does and the offer did not allow to take it.
+    NotOwner {
+        /// Who does, where a lease says so.
+        owner: Option<WorkerId>,
+    },
+    /// This worker has no room; another may.
+    Busy {
+        /// For the caller, if all workers say so.
+        error: WorkerError,
+    },
+    /// This worker is about to stop.
+    Draining,
+    /// It would be the same on every worker.
+    Error {
+        /// For the caller.
+        error: WorkerError,
+    },
+}
+
+impl Refusal {
+    /// What a caller is told who can ask nobody else.
+    pub fn into_error(self) -> WorkerError {
+        use crate::error::ErrorCode;
+        let second = std::time::Duration::from_secs(1);
+        match self {
+            Refusal::Busy { error } | Refusal::Error { error } => error,
+            Refusal::NotOwner { .. } => {
+                WorkerError::new(ErrorCode::NoWorker, "No worker runs this server right now")
+                    .retry_after(second)
+            }
+            Refusal::Draining => {
+                WorkerError::new(ErrorCode::ShuttingDown, "This worker is stopping").retry_after(second)
+            }
+        }
+        .or_outcome(Outcome::NotStarted)
+    }
+}
+
+/// A call that was admitted. Dropping it gives it up; nothing was started then.
+#[derive(Debug)]
+pub struct Reservation {
+    held: oneshot::Receiver<()>,
+    arguments: oneshot::Sender<RawJson>,
+    stream: CallStream,
+}
+
+impl Reservation {
+    /// Joins the ends that the worker's call task has the other sides of.
+    pub fn new(held: oneshot::Receiver<()>, arguments: oneshot::Sender<RawJson>, stream: CallStream) -> Self {
+        Self { held, arguments, stream }
+    }
+
+    /// Waits, within the call's time, until the call holds a slot. An error is the call's end: it could
+    /// not be started.
+    pub async fn held(&mut self) -> Result<(), Refusal> {
+        if (&mut self.held).await.is_ok() {
+            return Ok(());
+        }
+        let ended = std::future::poll_fn(|context| self.stream.poll_end(context)).await;
+        Err(Refusal::Error { error: ended.or_outcome(Outcome::NotStarted) })
+    }
+
+    /// Starts the call with its arguments, a JSON object. It may be called before a slot is held.
+    pub fn go(self, arguments: RawJson) -> CallStream {
+        // A call that has ended meanwhile says so in its stream.
+        let _ = self.arguments.send(arguments);
+        self.stream
+    }
+}
+
+/// A worker as the bus sees it.
+#[async_trait]
+pub trait Hosting: WorkerApi {
+    /// Admits a call, or says at once why not. It returns without waiting, except where a lease has to
+    /// be looked up in the store.
+    async fn reserve(&self, context: CallContext, offer: CallOffer) -> Result<Reservation, Refusal>;
+
+    /// What this worker says of itself.
+    fn describe(&self) -> NodeReport;
+
+    /// Becomes the owner of an enabled server and starts it, without waiting for it. Nothing happens if
+    /// a lease says that another worker owns it.
+    async fn place(&self, server: &ServerName) -> Result<(), WorkerError>;
+
+    /// Gives up a server that other workers own as well, if no call is in flight or waiting; says
+    /// whether it did.
+    async fn give_up(&self, server: &ServerName) -> bool;
+
+    /// The enabled servers of the store that run whether or not somebody calls, as this worker knows
+    /// them, and whether it owns them.
+    fn wanted(&self) -> Vec<(ServerName, bool)>;
+
+    /// Reads everything again: this worker may have missed changes.
+    async fn resync(&self) -> Result<(), WorkerError>;
+
+    /// Takes no more calls from now on.
+    fn drain(&self);
+}
