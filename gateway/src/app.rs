@@ -120,5 +120,5 @@ pub fn context(id: RequestId, user: UserId, headers: &HeaderMap) -> Result<CallC
             Some(Duration::from_millis(millis).min(limits::TOOL_TIMEOUT_MAX))
         }
     };
-    Ok(CallContext { request_id: id, user, timeout })
+    Ok(CallContext { request_id: id, user, timeout, spent: Duration::ZERO })
 }

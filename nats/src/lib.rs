@@ -1,7 +1,11 @@
 #![doc = include_str!("../README.md")]
 
+pub mod bus;
 pub mod callee;
 pub mod caller;
+pub mod fleet;
 pub mod frames;
+pub mod router;
+pub mod server;
 pub mod subjects;
 pub mod wire;

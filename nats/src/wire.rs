@@ -1,13 +1,16 @@
 //! The messages between routers and workers: one line of JSON, then the bytes that it announces.
 //!
-//! The line is an object with one member, whose name says what it is. Unknown members inside are passed
-//! over, so that neighbouring versions understand each other. Bodies stay the bytes that somebody sent.
+//! What a worker is told is a pair of an id and a message; what a router is answered is a message alone,
+//! because the id stands in the subject. A message is an object with one member, whose name says what it
+//! is. Unknown members inside are passed over, so that neighbouring versions understand each other.
+//! Bodies stay the bytes that somebody sent.
 
 use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use mcp_shared::{
     error::WorkerError,
+    fleet::NodeReport,
     hosting::{CallOffer, Refusal},
     ids::{RequestId, ServerName, UserId, WorkerId},
     worker_api::Change,
@@ -174,7 +177,7 @@ pub enum ToRouter {
         /// The call's whole time, in milliseconds, counted from the request.
         limit_ms: u64,
     },
-    /// The call has its place for two seconds.
+    /// The call has its place for two seconds, and the worker has room for all of its arguments.
     Accept {
         /// The call's whole time, in milliseconds, counted from the request.
         limit_ms: u64,
@@ -187,10 +190,20 @@ pub enum ToRouter {
     Answer(Frame),
     /// There is no answer.
     Failed(WorkerError),
-    /// So many more frames of the arguments may come.
-    Credit(u32),
-    /// The worker is there.
+    /// The worker is there, and at work.
     Alive,
+}
+
+/// What a node says of itself.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Beat {
+    /// It is there.
+    Here(NodeReport),
+    /// It is new, and wants to hear of everybody.
+    Hello(NodeReport),
+    /// It leaves.
+    Gone(WorkerId),
 }
 
 /// Why a message cannot be read.

@@ -42,6 +42,9 @@ pub struct NodeReport {
     pub draining: bool,
     /// The servers that it owns; empty for a gateway.
     pub servers: Vec<ServerLoad>,
+    /// Enabled servers that it knows as having a process for each user, whether or not it owns any.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub per_user: Vec<ServerName>,
 }
 
 /// A server that a worker owns, and how busy it is there.

@@ -1,6 +1,8 @@
 //! What a worker offers to whoever brings it calls in steps: admission first, arguments when a slot is
 //! held. In process the steps follow each other at once; over the bus there are messages in between.
 
+use std::time::Duration;
+
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
@@ -67,7 +69,7 @@ impl Refusal {
     /// What a caller is told who can ask nobody else.
     pub fn into_error(self) -> WorkerError {
         use crate::error::ErrorCode;
-        let second = std::time::Duration::from_secs(1);
+        let second = Duration::from_secs(1);
         match self {
             Refusal::Busy { error } | Refusal::Error { error } => error,
             Refusal::NotOwner { .. } => {
@@ -88,10 +90,11 @@ pub struct Reservation {
     held: oneshot::Receiver<()>,
     arguments: oneshot::Sender<RawJson>,
     stream: CallStream,
+    limit: Duration,
 }
 
 impl Reservation {
-    /// Joins the ends that the worker's call task has the other sides of.
+    /// Joins the ends that the worker's call task has the other sides of. `limit` is the call's whole time.
     pub fn new(held: oneshot::Receiver<()>, arguments: oneshot::Sender<RawJson>, stream: CallStream) -> Self {
         Self { held, arguments, stream }
     }

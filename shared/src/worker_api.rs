@@ -1,12 +1,11 @@
 //! The seam between gateway and worker. A gateway holds `Arc<dyn WorkerApi>`: the worker of its own
 //! process, or the whole fleet behind the bus. Everything that crosses is serialisable.
 
-use std::time::Duration;
+use std::{any::Any, time::Duration};
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
-use tokio_util::sync::DropGuard;
 
 use crate::{
     error::WorkerError,
@@ -27,6 +26,9 @@ pub struct CallContext {
     /// The time that the caller gives it, counted from the moment that this value was made. The
     /// server's record may allow less. It is a duration, never an instant: clocks differ.
     pub timeout: Option<Duration>,
+    /// How much of its time is gone already, on the way here.
+    #[serde(default)]
+    pub spent: Duration,
 }
 
 /// One tool call.
@@ -53,16 +55,21 @@ pub enum CallEvent {
 }
 
 /// A running call. Dropping it cancels the call; the worker finishes its book-keeping by itself.
-#[derive(Debug)]
 pub struct CallStream {
     events: mpsc::Receiver<CallEvent>,
-    _cancel: DropGuard,
+    _cancel: Box<dyn Any + Send + Sync>,
+}
+
+impl std::fmt::Debug for CallStream {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("CallStream")
+    }
 }
 
 impl CallStream {
-    /// Joins the receiving end of a call's events with the guard that cancels it.
-    pub fn new(events: mpsc::Receiver<CallEvent>, cancel: DropGuard) -> Self {
-        Self { events, _cancel: cancel }
+    /// Joins the receiving end of a call's events with the guard that cancels it when it is dropped.
+    pub fn new(events: mpsc::Receiver<CallEvent>, cancel: impl Send + Sync + 'static) -> Self {
+        Self { events, _cancel: Box::new(cancel) }
     }
 
     /// The next event; `None` after the end.

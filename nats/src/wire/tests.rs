@@ -47,9 +47,11 @@ fn messages_of_version_1_are_understood() {
         r#"{"pulse":{"at_ms":12}}"#,
     ];
     for line in to_worker {
-        let payload = Bytes::from(format!("{line}\nbody"));
-        let (_, body) = decode::<ToWorker>(&payload).unwrap_or_else(|error| panic!("{line}: {error}"));
-        assert_eq!(body, "body");
+        let id = CallId(0xff);
+        let payload = Bytes::from(format!("[\"{id}\",{line}]\nbody"));
+        let ((read, _), body) =
+            decode::<(CallId, ToWorker)>(&payload).unwrap_or_else(|error| panic!("{line}: {error}"));
+        assert_eq!((read, body), (id, Bytes::from("body")));
     }
     let to_router = [
         r#"{"wait":{"limit_ms":60000}}"#,
@@ -62,7 +64,6 @@ fn messages_of_version_1_are_understood() {
         r#""progress""#,
         r#"{"answer":{"n":0,"total":4}}"#,
         r#"{"failed":{"code":"deadline_exceeded","message":"m","outcome":"unknown"}}"#,
-        r#"{"credit":2}"#,
         r#""alive""#,
     ];
     for line in to_router {

@@ -1,0 +1,157 @@
+//! One node's connection to NATS.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use async_nats::{Client, ConnectOptions, Event, Subscriber, connection::State};
+use bytes::Bytes;
+use mcp_shared::ids::WorkerId;
+use serde::Serialize;
+
+use crate::{caller::Now, subjects::Subjects, wire};
+
+/// Messages that may wait to be read by one subscription; what comes beyond is lost, and noticed.
+const SUBSCRIPTION: usize = 16_384;
+/// Commands that may wait to be written to the connection.
+const OUTBOX: usize = 512;
+/// How often the connection is tried out.
+const PING: Duration = Duration::from_secs(5);
+
+/// A connection, with what everything on it needs.
+#[derive(Clone)]
+pub struct Bus {
+    client: Client,
+    subjects: Arc<Subjects>,
+    node: WorkerId,
+    start: Instant,
+    lost: Arc<AtomicU64>,
+    inbox: Arc<str>,
+}
+
+/// Why something was not sent.
+#[derive(Debug, thiserror::Error)]
+pub enum SendError {
+    /// It cannot be written as a message.
+    #[error("a message cannot be written: {0}")]
+    Write(#[from] serde_json::Error),
+    /// The connection does not take it.
+    #[error("a message was not sent: {0}")]
+    Publish(#[from] async_nats::PublishError),
+}
+
+impl Bus {
+    /// Connects one node. `options` say where it may log in; the rest is set here.
+    pub async fn connect(
+        options: ConnectOptions,
+        servers: Vec<async_nats::ServerAddr>,
+        prefix: &str,
+        node: WorkerId,
+    ) -> Result<Self, async_nats::ConnectError> {
+        let subjects = Arc::new(Subjects::new(prefix));
+        let inbox: Arc<str> = subjects.inbox(&node).into();
+        let lost = Arc::new(AtomicU64::new(0));
+        let counter = Arc::clone(&lost);
+        let client = options
+            .name(node.as_str())
+            .custom_inbox_prefix(format!("{inbox}.own"))
+            .subscription_capacity(SUBSCRIPTION)
+            .client_capacity(OUTBOX)
+            .ping_interval(PING)
+            .event_callback(move |event| {
+                let counter = Arc::clone(&counter);
+                async move {
+                    match event {
+                        Event::Connected => tracing::info!("connected to NATS"),
+                        Event::Disconnected => tracing::warn!("the connection to NATS was lost"),
+                        Event::SlowConsumer(_) => {
+                            counter.fetch_add(1, Ordering::AcqRel);
+                            tracing::warn!("messages were lost: they came faster than they were read");
+                        }
+                        other => tracing::info!(event = %other, "NATS"),
+                    }
+                }
+            })
+            .connect(servers)
+            .await?;
+        Ok(Self { client, subjects, node, start: Instant::now(), lost, inbox })
+    }
+
+    /// This node.
+    pub fn node(&self) -> &WorkerId {
+        &self.node
+    }
+
+    /// The subjects of the fleet.
+    pub fn subjects(&self) -> &Subjects {
+        &self.subjects
+    }
+
+    /// The client, for what is not ours to wrap.
+    pub fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// Now, by this process' monotonic clock.
+    pub fn now(&self) -> Now {
+        self.start.elapsed()
+    }
+
+    /// Whether there is a connection.
+    pub fn is_connected(&self) -> bool {
+        self.client.connection_state() == State::Connected
+    }
+
+    /// Grows whenever messages may have been lost: with each connection, and when they came too fast.
+    pub fn gaps(&self) -> u64 {
+        let connects = self.client.statistics().connects.load(Ordering::Acquire);
+        connects + self.lost.load(Ordering::Acquire)
+    }
+
+    /// Where answers under an id are sent.
+    pub fn reply_to(&self, id: impl std::fmt::Display) -> String {
+        format!("{}.{id}", self.inbox)
+    }
+
+    /// Everything that is answered to this node, but the client's own requests.
+    pub async fn replies(&self) -> Result<Subscriber, async_nats::SubscribeError> {
+        self.client.subscribe(format!("{}.*", self.inbox)).await
+    }
+
+    /// Sends a message.
+    pub async fn send(&self, subject: String, message: &impl Serialize, body: &[u8]) -> Result<(), SendError> {
+        Ok(self.client.publish(subject, wire::encode(message, body)?).await?)
+    }
+
+    /// Sends a message whose answers come to a subject.
+    pub async fn ask(
+        &self,
+        subject: String,
+        reply: String,
+        message: &impl Serialize,
+        body: &[u8],
+    ) -> Result<(), SendError> {
+        Ok(self.client.publish_with_reply(subject, reply, wire::encode(message, body)?).await?)
+    }
+
+    /// Sends bytes.
+    pub async fn publish(&self, subject: impl async_nats::ToSubject, payload: Bytes) -> Result<(), SendError> {
+        Ok(self.client.publish(subject, payload).await?)
+    }
+
+    /// Waits until the server has answered: everything sent before has reached it, and subscriptions
+    /// made before are in force.
+    pub async fn settle(&self, limit: Duration) -> bool {
+        let echo = self.client.new_inbox();
+        let Ok(mut own) = self.client.subscribe(echo.clone()).await else { return false };
+        if self.client.publish(echo, Bytes::new()).await.is_err() {
+            return false;
+        }
+        let heard = tokio::time::timeout(limit, futures_util::StreamExt::next(&mut own)).await;
+        matches!(heard, Ok(Some(_)))
+    }
+}

@@ -1,0 +1,269 @@
+//! The router: [`WorkerApi`] over the bus. Every gateway has one, and every worker for its front door.
+//!
+//! Nothing here waits on behalf of a call: replies move the calls' state machines on, and a watch looks
+//! after those that nobody answers. A call costs its caller one sleep.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use mcp_shared::{
+    error::{ErrorCode, Outcome, WorkerError},
+    fleet::{Fleet, NodeReport},
+    ids::{ServerName, UserId, WorkerId},
+    limits,
+    worker_api::{CallContext, CallStream, Change, ServerReport, ToolCall, WorkerApi},
+};
+use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use self::{calls::Call, questions::Heard};
+use crate::{
+    bus::Bus,
+    caller::{Now, bus_unavailable, no_worker},
+    fleet::FleetView,
+    wire::CallId,
+};
+
+mod beats;
+mod calls;
+mod changes;
+mod questions;
+mod replies;
+mod watch;
+
+/// Calls that one router looks after at once.
+const OPEN_CALLS: usize = 16_384;
+/// Kibibytes of large answers that may be on their way to one router.
+const BODIES_KIB: usize = 48 * 1024;
+/// The bus is away when this node has not heard itself for so long.
+const ECHO_PATIENCE: Duration = Duration::from_secs(3);
+/// How long a new node waits for the others to introduce themselves.
+const INTRODUCTION: Duration = Duration::from_millis(300);
+
+/// What a node says of itself, when it is asked.
+pub type Describe = Arc<dyn Fn() -> NodeReport + Send + Sync>;
+
+/// A router. Cloning it shares it.
+#[derive(Clone)]
+pub struct Router {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    bus: Bus,
+    describe: Describe,
+    /// This node has something new to say.
+    changed: Arc<Notify>,
+    fleet: RwLock<FleetView>,
+    /// Attempts under way, by their ids.
+    attempts: Mutex<HashMap<CallId, Arc<Call>>>,
+    /// Calls that are not over, by the id that they were given first.
+    open: Mutex<HashMap<CallId, Arc<Call>>>,
+    questions: Mutex<HashMap<CallId, mpsc::Sender<Heard>>>,
+    probes: Mutex<HashMap<CallId, WorkerId>>,
+    /// Attempts whose answers have arrived, to be forgotten by the workers.
+    done: Mutex<HashMap<WorkerId, Vec<CallId>>>,
+    /// Servers for which another worker was asked to run them as well, and until when that counts.
+    expanding: Mutex<HashMap<ServerName, Now>>,
+    ids: Ids,
+    bodies: Arc<Semaphore>,
+    tasks: TaskTracker,
+    stopping: CancellationToken,
+    runtime: tokio::runtime::Handle,
+    /// When this node last heard itself, in milliseconds.
+    echo: AtomicU64,
+    /// Since when the connection stands, in milliseconds.
+    connected_since: AtomicU64,
+    random: AtomicU64,
+}
+
+/// Ids that nobody else gives: half of one is drawn once, the other half counts.
+struct Ids {
+    drawn: u64,
+    next: AtomicU64,
+}
+
+impl Ids {
+    fn new() -> Self {
+        let (drawn, _) = uuid::Uuid::new_v4().as_u64_pair();
+        Self { drawn, next: AtomicU64::new(1) }
+    }
+
+    fn next(&self) -> CallId {
+        let count = self.next.fetch_add(1, Ordering::Relaxed);
+        CallId((u128::from(self.drawn) << 64) | u128::from(count))
+    }
+}
+
+impl Router {
+    /// Joins the fleet: listens, introduces this node, and waits until the others had time to answer.
+    /// `changed` makes it say at once what `describe` says then.
+    pub async fn join(
+        bus: Bus,
+        describe: Describe,
+        changed: Arc<Notify>,
+    ) -> Result<Self, async_nats::SubscribeError> {
+        let inner = Arc::new(Inner {
+            describe,
+            changed,
+            fleet: RwLock::default(),
+            attempts: Mutex::default(),
+            open: Mutex::default(),
+            questions: Mutex::default(),
+            probes: Mutex::default(),
+            done: Mutex::default(),
+            expanding: Mutex::default(),
+            ids: Ids::new(),
+            bodies: Arc::new(Semaphore::new(BODIES_KIB)),
+            tasks: TaskTracker::new(),
+            stopping: CancellationToken::new(),
+            runtime: tokio::runtime::Handle::current(),
+            echo: AtomicU64::new(crate::wire::millis(bus.now())),
+            connected_since: AtomicU64::new(0),
+            random: AtomicU64::new(uuid::Uuid::new_v4().as_u64_pair().1 | 1),
+            bus,
+        });
+        let replies = inner.bus.replies().await?;
+        let beats = inner.bus.client().subscribe(inner.bus.subjects().beats()).await?;
+        inner.tasks.spawn(Arc::clone(&inner).listen(replies));
+        inner.tasks.spawn(Arc::clone(&inner).hear_beats(beats));
+        inner.tasks.spawn(Arc::clone(&inner).watch());
+        inner.tasks.spawn(Arc::clone(&inner).beat());
+        tokio::time::sleep(INTRODUCTION).await;
+        Ok(Self { inner })
+    }
+
+    /// The bus that it is on.
+    pub fn bus(&self) -> &Bus {
+        &self.inner.bus
+    }
+
+    /// The workers that own a server and stay; see [`FleetView::owners`].
+    pub fn owners(&self, server: &ServerName) -> Vec<WorkerId> {
+        self.inner.fleet().owners(self.inner.bus.now(), server)
+    }
+
+    /// The workers where a server runs; see [`FleetView::running`].
+    pub fn running(&self, server: &ServerName) -> Vec<WorkerId> {
+        self.inner.fleet().running(self.inner.bus.now(), server)
+    }
+
+    /// The worker that should run a server first.
+    pub fn first(&self, server: &ServerName) -> Option<WorkerId> {
+        self.inner.fleet().first(self.inner.bus.now(), server)
+    }
+
+    /// Workers that answer.
+    pub fn live(&self) -> Vec<WorkerId> {
+        self.inner.fleet().live(self.inner.bus.now())
+    }
+
+    /// Whether this node hears itself.
+    pub fn is_up(&self) -> bool {
+        self.inner.is_up()
+    }
+
+    /// Says goodbye and ends every task. Calls that are still open are given up.
+    pub async fn leave(&self) {
+        self.inner.say_goodbye().await;
+        self.inner.stopping.cancel();
+        self.inner.tasks.close();
+        let _ = tokio::time::timeout(Duration::from_secs(1), self.inner.tasks.wait()).await;
+    }
+}
+
+impl Inner {
+    fn fleet(&self) -> RwLockReadGuard<'_, FleetView> {
+        self.fleet.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn fleet_mut(&self) -> RwLockWriteGuard<'_, FleetView> {
+        self.fleet.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_up(&self) -> bool {
+        let echo = Duration::from_millis(self.echo.load(Ordering::Acquire));
+        self.bus.is_connected() && self.bus.now().saturating_sub(echo) < ECHO_PATIENCE
+    }
+
+    /// A number below `end`, from a generator that needs no lock. It only spreads load.
+    fn draw(&self, end: usize) -> usize {
+        let mut x = self.random.load(Ordering::Relaxed);
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        self.random.store(x, Ordering::Relaxed);
+        usize::try_from(x % u64::try_from(end.max(1)).unwrap_or(1)).unwrap_or(0)
+    }
+}
+
+#[async_trait]
+impl WorkerApi for Router {
+    async fn call_tool(&self, context: CallContext, call: ToolCall) -> Result<CallStream, WorkerError> {
+        let inner = &self.inner;
+        if !inner.is_up() {
+            return Err(bus_unavailable());
+        }
+        if lock(&inner.open).len() >= OPEN_CALLS {
+            let text = "This gateway has too many calls in flight";
+            return Err(WorkerError::new(ErrorCode::Overloaded, text)
+                .outcome(Outcome::NotStarted)
+                .retry_after(Duration::from_secs(1)));
+        }
+        let (events, receiver) = mpsc::channel(limits::PROGRESS_QUEUE + 1);
+        let (tell, admitted) = oneshot::channel();
+        let early = call.progress.then_some(tell);
+        let guard = inner.begin(context, call, events, early).await?;
+        if guard.reports_admission()
+            && let Ok(Err(error)) = admitted.await
+        {
+            return Err(error);
+        }
+        Ok(CallStream::new(receiver, guard))
+    }
+
+    async fn start_server(&self, user: &UserId, server: &ServerName) -> Result<ServerReport, WorkerError> {
+        self.inner.start(user, server).await
+    }
+
+    async fn restart_server(&self, user: &UserId, server: &ServerName) -> Result<ServerReport, WorkerError> {
+        self.inner.restart(user, server).await
+    }
+
+    async fn announce(&self, change: Change) -> Result<(), WorkerError> {
+        self.inner.announce(change).await
+    }
+
+    async fn report(&self, server: &ServerName) -> Result<ServerReport, WorkerError> {
+        self.inner.report(server).await
+    }
+
+    async fn reports(&self) -> Result<Vec<ServerReport>, WorkerError> {
+        self.inner.reports().await
+    }
+
+    async fn ready(&self) -> Result<(), WorkerError> {
+        if !self.inner.is_up() {
+            return Err(bus_unavailable());
+        }
+        if !self.inner.fleet().any(self.inner.bus.now()) {
+            return Err(no_worker());
+        }
+        Ok(())
+    }
+
+    async fn fleet(&self) -> Result<Fleet, WorkerError> {
+        Ok(self.inner.fleet().view(self.inner.bus.now()))
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,78 @@
+//! Beats: this node's, and those of others.
+
+use std::{sync::Arc, time::Duration};
+
+use async_nats::Subscriber;
+use futures_util::StreamExt;
+use tokio::time::sleep;
+
+use super::Inner;
+use crate::{
+    fleet::BEAT,
+    wire::{self, Beat},
+};
+
+/// How long changes are gathered before they are told.
+const GATHER: Duration = Duration::from_millis(10);
+
+impl Inner {
+    /// Hears the others until the router leaves.
+    pub(super) async fn hear_beats(self: Arc<Self>, mut beats: Subscriber) {
+        loop {
+            let message = tokio::select! {
+                message = beats.next() => message,
+                () = self.stopping.cancelled() => return,
+            };
+            let Some(message) = message else { return };
+            let beat = match wire::decode::<Beat>(&message.payload) {
+                Ok((beat, _)) => beat,
+                Err(error) => {
+                    tracing::warn!(%error, "a beat was passed over");
+                    continue;
+                }
+            };
+            let now = self.bus.now();
+            match beat {
+                Beat::Gone(node) => self.fleet_mut().left(&node),
+                Beat::Here(report) => self.fleet_mut().beat(now, report),
+                Beat::Hello(report) => {
+                    if report.id != *self.bus.node() {
+                        self.changed.notify_one();
+                    }
+                    self.fleet_mut().beat(now, report);
+                }
+            }
+        }
+    }
+
+    /// Says what this node is, each second and whenever it has something new to say.
+    pub(super) async fn beat(self: Arc<Self>) {
+        self.say(&Beat::Hello((self.describe)())).await;
+        loop {
+            tokio::select! {
+                () = sleep(BEAT) => {}
+                () = self.changed.notified() => {
+                    // What changes together is told together.
+                    sleep(GATHER).await;
+                }
+                () = self.stopping.cancelled() => return,
+            }
+            if self.bus.is_connected() {
+                self.say(&Beat::Here((self.describe)())).await;
+            }
+        }
+    }
+
+    pub(super) async fn say_goodbye(&self) {
+        self.stopping.cancel();
+        self.say(&Beat::Gone(self.bus.node().clone())).await;
+        let _ = tokio::time::timeout(Duration::from_secs(1), self.bus.client().flush()).await;
+    }
+
+    async fn say(&self, beat: &Beat) {
+        let subject = self.bus.subjects().beat(self.bus.node());
+        if let Err(error) = self.bus.send(subject, beat, &[]).await {
+            tracing::debug!(error.cause = %error, "a beat was not sent");
+        }
+    }
+}

@@ -1,0 +1,63 @@
+//! Changes of the store, told to every worker before they are answered.
+
+use std::{sync::Arc, time::Duration};
+
+use futures_util::future::join_all;
+use mcp_shared::{error::WorkerError, ids::WorkerId, limits, worker_api::Change};
+
+use super::{
+    Inner,
+    questions::{Manners, Unanswered},
+};
+use crate::{caller::bus_unavailable, wire::Ask};
+
+/// A worker that has said nothing for so long starts nothing until it has read everything again: it is
+/// frozen, cut off or dead.
+const ACKNOWLEDGED_WITHIN: Duration = Duration::from_millis(1_100);
+
+impl Inner {
+    /// Tells all workers, and waits until they have taken it in. A worker that gives no sign is waited
+    /// out: it uses nothing that it knew before until it has heard from the fleet again.
+    pub(super) async fn announce(self: &Arc<Self>, change: Change) -> Result<(), WorkerError> {
+        if !self.is_up() {
+            return Err(bus_unavailable());
+        }
+        let (noun, ask) = match &change {
+            Change::Server { .. } => ("server", Ask::Invalidate { change: change.clone() }),
+            Change::Secret { .. } => ("secret", Ask::Invalidate { change: change.clone() }),
+        };
+        let manners = Manners {
+            again: Some(Duration::from_millis(300)),
+            first: ACKNOWLEDGED_WITHIN,
+            whole: 2 * limits::STARTUP_TIMEOUT_MAX,
+        };
+        let workers = self.fleet().workers();
+        let told = join_all(workers.iter().map(|worker| self.tell_change(worker, &ask, &manners))).await;
+        if let Err(error) = self.bus.send(self.bus.subjects().event(noun, "changed"), &change, &[]).await {
+            tracing::debug!(error.cause = %error, "an event was not sent");
+        }
+        told.into_iter().collect()
+    }
+
+    async fn tell_change(
+        self: &Arc<Self>,
+        worker: &WorkerId,
+        ask: &Ask,
+        manners: &Manners,
+    ) -> Result<(), WorkerError> {
+        match self.question(worker, ask, manners).await {
+            Ok(_) => Ok(()),
+            Err(Unanswered::Failed(error)) => Err(error),
+            Err(Unanswered::Gone) => {
+                // Whoever has no subscription hears nothing else either, and reads everything again
+                // before it starts anything.
+                self.fleet_mut().silent(worker);
+                Ok(())
+            }
+            Err(Unanswered::Silent) => {
+                tracing::warn!(%worker, "a worker did not acknowledge a change in time");
+                Ok(())
+            }
+        }
+    }
+}

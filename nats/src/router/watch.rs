@@ -1,0 +1,100 @@
+//! What nobody answers: time limits, silent workers, an absent bus.
+
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use tokio::time::{Instant, MissedTickBehavior, interval};
+
+use super::{Inner, lock, replies::ECHO};
+use crate::caller::Now;
+
+/// How often the clock is looked at.
+const TICK: Duration = Duration::from_millis(50);
+/// How often this node tries to hear itself.
+const ECHO_EVERY: Duration = Duration::from_millis(250);
+/// How often workers that have calls are asked for a sign of life.
+const PROBE_EVERY: Duration = Duration::from_millis(500);
+/// A call that was not heard of for so long is asked about.
+const SILENT_CALL: Duration = Duration::from_secs(1);
+/// A worker with calls is lost when nothing was heard of it for so long.
+const LOST_AFTER: Duration = Duration::from_millis(3_500);
+/// How long calls wait for the bus to come back.
+const BUS_PATIENCE: Duration = Duration::from_secs(10);
+/// How long after a new connection others may still be making theirs.
+const SETTLING: Duration = Duration::from_secs(4);
+/// Finished calls that a worker is told of at once.
+const DONE_BATCH: usize = 256;
+
+impl Inner {
+    /// Whether connections have stood for a while, so that an absent worker is gone.
+    pub(super) fn is_settled(&self) -> bool {
+        let since = Duration::from_millis(self.connected_since.load(Ordering::Acquire));
+        self.bus.now().saturating_sub(since) >= SETTLING
+    }
+
+    /// Looks at the clock until the router leaves.
+    pub(super) async fn watch(self: Arc<Self>) {
+        let mut ticks = interval(TICK);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut gaps = self.bus.gaps();
+        let (mut echoed, mut probed) = (Instant::now() - ECHO_EVERY, Instant::now());
+        let mut away: Option<Now> = None;
+        loop {
+            tokio::select! {
+                _ = ticks.tick() => {}
+                () = self.stopping.cancelled() => return,
+            }
+            let now = self.bus.now();
+            if echoed.elapsed() >= ECHO_EVERY && self.bus.is_connected() {
+                echoed = Instant::now();
+                let _ = self.bus.publish(self.bus.reply_to(ECHO), Bytes::new()).await;
+            }
+            if self.bus.gaps() != gaps {
+                gaps = self.bus.gaps();
+                self.connected_since.store(crate::wire::millis(now), Ordering::Release);
+                self.fleet_mut().excuse(now);
+            }
+            match (self.is_up(), away) {
+                (false, None) => away = Some(now),
+                (false, Some(since)) if now.saturating_sub(since) >= BUS_PATIENCE => {
+                    self.cut_off().await;
+                }
+                (true, Some(_)) => {
+                    away = None;
+                    self.connected_since.store(crate::wire::millis(now), Ordering::Release);
+                    self.fleet_mut().excuse(now);
+                }
+                _ => {}
+            }
+            let working = self.tick(SILENT_CALL).await;
+            if probed.elapsed() >= PROBE_EVERY && away.is_none() {
+                probed = Instant::now();
+                lock(&self.probes).clear();
+                for (worker, open) in working {
+                    let silence = self.fleet().silence(now, &worker);
+                    if silence.is_none_or(|silence| silence >= LOST_AFTER) {
+                        self.worker_lost(&worker).await;
+                    } else {
+                        self.probe(&worker, open).await;
+                    }
+                }
+                let rest: Vec<_> = lock(&self.done).keys().cloned().collect();
+                for worker in rest {
+                    self.probe(&worker, Vec::new()).await;
+                }
+            } else if away.is_none() {
+                let full: Vec<_> = lock(&self.done)
+                    .iter()
+                    .filter(|(_, ids)| ids.len() >= DONE_BATCH)
+                    .map(|(worker, _)| worker.clone())
+                    .collect();
+                for worker in full {
+                    self.probe(&worker, Vec::new()).await;
+                }
+            }
+        }
+    }
+}

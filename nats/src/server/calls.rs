@@ -1,0 +1,145 @@
+//! One call at the worker: its place, its arguments, its progress, its end.
+
+use std::{sync::Arc, time::Duration};
+
+use async_nats::Subject;
+use mcp_shared::{
+    error::ErrorCode,
+    hosting::Refusal,
+    json::RawJson,
+    worker_api::{CallContext, CallEvent, CallStream},
+};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore, oneshot},
+    time::{sleep, timeout},
+};
+use tokio_util::sync::CancellationToken;
+
+use super::Inner;
+use crate::{
+    callee::Ending,
+    frames::{self, FRAME_BYTES},
+    wire::{CallId, Offer, ToRouter, millis},
+};
+
+/// A call that has no place after this is said to wait.
+const WAITS: Duration = Duration::from_millis(100);
+/// How long the sender of a large answer waits for the reader.
+const CREDIT: Duration = Duration::from_secs(10);
+
+/// A call that was let in.
+pub(super) struct Admission {
+    pub id: CallId,
+    pub offer: Offer,
+    pub reply: Subject,
+    pub go: oneshot::Receiver<RawJson>,
+    pub cancelled: CancellationToken,
+    pub credit: Arc<Semaphore>,
+}
+
+impl Inner {
+    /// Looks for a place, waits for the arguments, and runs the call.
+    pub(super) async fn admit(self: Arc<Self>, call: Admission) {
+        let cancelled = call.cancelled.clone();
+        let (id, reply, credit) = (call.id, call.reply.clone(), Arc::clone(&call.credit));
+        tokio::select! {
+            // Giving up drops the place or the running call, whichever it is.
+            () = cancelled.cancelled() => {}
+            ending = self.run(call) => match ending {
+                Ok(Some(ending)) => {
+                    let wanted = self.table().desk.ended(self.bus.now(), id, &ending);
+                    if wanted {
+                        self.say_ending(&reply, ending, &credit).await;
+                    }
+                }
+                Ok(None) => {}
+                Err(refusal) => {
+                    let wanted = self.table().desk.refused(id);
+                    if wanted {
+                        self.say(&reply, &ToRouter::Refuse(refusal)).await;
+                    }
+                }
+            },
+        }
+        self.table().live.remove(&id);
+        self.ended.notify_waiters();
+    }
+
+    async fn run(self: &Arc<Self>, call: Admission) -> Result<Option<Ending>, Refusal> {
+        let Admission { id, offer, reply, go, .. } = call;
+        let context = CallContext {
+            request_id: offer.request,
+            user: offer.user,
+            timeout: offer.timeout_ms.map(Duration::from_millis),
+            spent: Duration::from_millis(offer.spent_ms),
+        };
+        let mut reservation = self.host.reserve(context, offer.call).await?;
+        let limit_ms = millis(reservation.limit());
+        if let Some(live) = self.table().live.get_mut(&id) {
+            live.limit = reservation.limit();
+        }
+        let _room = {
+            let mut place = std::pin::pin!(async {
+                reservation.held().await?;
+                self.room(offer.size).await
+            });
+            tokio::select! {
+                biased;
+                room = &mut place => room?,
+                () = sleep(WAITS) => {
+                    self.say(&reply, &ToRouter::Wait { limit_ms }).await;
+                    place.await?
+                }
+            }
+        };
+        if !self.table().desk.held(self.bus.now(), id) {
+            return Ok(None);
+        }
+        self.say(&reply, &ToRouter::Accept { limit_ms }).await;
+        let Ok(arguments) = go.await else { return Ok(None) };
+        Ok(Some(self.stream(&reply, reservation.go(arguments)).await))
+    }
+
+    /// Passes progress on until the end.
+    async fn stream(&self, reply: &Subject, mut stream: CallStream) -> Ending {
+        while let Some(event) = stream.next().await {
+            match event {
+                CallEvent::Progress(params) => {
+                    self.say_with(reply, &ToRouter::Progress, params.as_bytes()).await;
+                }
+                CallEvent::Done(Ok(result)) => return Ending::Answer(result.bytes().clone()),
+                CallEvent::Done(Err(error)) => return Ending::Failed(error),
+            }
+        }
+        Ending::Failed(
+            mcp_shared::error::WorkerError::new(ErrorCode::Internal, "Internal error")
+                .outcome(mcp_shared::error::Outcome::Unknown),
+        )
+    }
+
+    /// Room for large arguments. Small ones need none.
+    async fn room(&self, size: usize) -> Result<Option<OwnedSemaphorePermit>, Refusal> {
+        if size <= FRAME_BYTES {
+            return Ok(None);
+        }
+        let kib = u32::try_from(size.div_ceil(1024)).unwrap_or(u32::MAX);
+        let room = Arc::clone(&self.bodies).acquire_many_owned(kib).await;
+        Ok(room.ok())
+    }
+
+    /// Sends the end of a call, in parts as the reader lets them come.
+    pub(super) async fn say_ending(&self, to: &Subject, ending: Ending, credit: &Semaphore) {
+        let answer = match ending {
+            Ending::Answer(answer) => answer,
+            Ending::Failed(error) => return self.say(to, &ToRouter::Failed(error)).await,
+        };
+        for (frame, part) in frames::split(&answer) {
+            match timeout(CREDIT, credit.acquire()).await {
+                Ok(Ok(permit)) => permit.forget(),
+                // The reader is gone, or asks again.
+                _ => return,
+            }
+            self.say_with(to, &ToRouter::Answer(frame), &part).await;
+        }
+    }
+}
