@@ -123,7 +123,12 @@ impl Bus {
     }
 
     /// Sends a message.
-    pub async fn send(&self, subject: String, message: &impl Serialize, body: &[u8]) -> Result<(), SendError> {
+    pub async fn send(
+        &self,
+        subject: String,
+        message: &impl Serialize,
+        body: &[u8],
+    ) -> Result<(), SendError> {
         Ok(self.client.publish(subject, wire::encode(message, body)?).await?)
     }
 
@@ -139,7 +144,11 @@ impl Bus {
     }
 
     /// Sends bytes.
-    pub async fn publish(&self, subject: impl async_nats::ToSubject, payload: Bytes) -> Result<(), SendError> {
+    pub async fn publish(
+        &self,
+        subject: impl async_nats::ToSubject,
+        payload: Bytes,
+    ) -> Result<(), SendError> {
         Ok(self.client.publish(subject, payload).await?)
     }
 

@@ -166,7 +166,8 @@ impl FleetView {
 
     /// The workers that own a server and answer, those that are about to leave left out.
     pub fn owners(&self, now: Now, server: &ServerName) -> Vec<WorkerId> {
-        let owners = self.live_nodes(now).filter(|node| !node.report.draining && node.owned.contains_key(server));
+        let owners =
+            self.live_nodes(now).filter(|node| !node.report.draining && node.owned.contains_key(server));
         owners.map(|node| node.report.id.clone()).collect()
     }
 
@@ -258,12 +259,7 @@ impl FleetView {
     }
 
     /// An owner for the call although all are crowded: where another was asked already.
-    pub fn choose_owner(
-        &self,
-        now: Now,
-        server: &ServerName,
-        wish: &Wish,
-    ) -> Option<Choice> {
+    pub fn choose_owner(&self, now: Now, server: &ServerName, wish: &Wish) -> Option<Choice> {
         let owners = self.live_nodes(now).filter(|node| {
             let id = &node.report.id;
             !node.report.draining && !wish.avoid.contains(id) && !wish.not_owners.contains(id)
@@ -282,9 +278,7 @@ impl FleetView {
 
     fn live_nodes(&self, now: Now) -> impl Iterator<Item = &Node> {
         self.nodes.values().filter(move |node| {
-            node.report.role == Role::Worker
-                && !node.silent
-                && now.saturating_sub(node.heard) < OUT_AFTER
+            node.report.role == Role::Worker && !node.silent && now.saturating_sub(node.heard) < OUT_AFTER
         })
     }
 
@@ -299,7 +293,9 @@ impl FleetView {
         self.live_nodes(now)
             .filter(|node| !node.report.draining && may(node))
             .min_by(|a, b| {
-                lot(&a.report, key).total_cmp(&lot(&b.report, key)).then_with(|| a.report.id.cmp(&b.report.id))
+                lot(&a.report, key)
+                    .total_cmp(&lot(&b.report, key))
+                    .then_with(|| a.report.id.cmp(&b.report.id))
             })
             .map(|node| node.report.id.clone())
     }

@@ -227,7 +227,8 @@ impl Inner {
         let decided = {
             let mut table = self.table();
             let fresh = self.is_fresh(&table, now);
-            if !(wire::VERSIONS.0..=wire::VERSIONS.1 + 1).contains(&offer.version) || table.live.len() >= OPEN_CALLS
+            if !(wire::VERSIONS.0..=wire::VERSIONS.1 + 1).contains(&offer.version)
+                || table.live.len() >= OPEN_CALLS
             {
                 Err(Refusal::Busy { error: no_worker() })
             } else {

@@ -95,8 +95,18 @@ pub struct Reservation {
 
 impl Reservation {
     /// Joins the ends that the worker's call task has the other sides of. `limit` is the call's whole time.
-    pub fn new(held: oneshot::Receiver<()>, arguments: oneshot::Sender<RawJson>, stream: CallStream) -> Self {
-        Self { held, arguments, stream }
+    pub fn new(
+        held: oneshot::Receiver<()>,
+        arguments: oneshot::Sender<RawJson>,
+        stream: CallStream,
+        limit: Duration,
+    ) -> Self {
+        Self { held, arguments, stream, limit }
+    }
+
+    /// The call's whole time: what its caller asked for and what the server's record allows.
+    pub fn limit(&self) -> Duration {
+        self.limit
     }
 
     /// Waits, within the call's time, until the call holds a slot. An error is the call's end: it could

@@ -133,11 +133,7 @@ impl Inner {
     }
 
     /// Moves a call on, and sends what follows from it.
-    async fn advance(
-        self: &Arc<Self>,
-        call: &Arc<Call>,
-        with: impl FnOnce(&mut State) -> Option<Turn>,
-    ) {
+    async fn advance(self: &Arc<Self>, call: &Arc<Call>, with: impl FnOnce(&mut State) -> Option<Turn>) {
         let mut post = Vec::new();
         {
             let mut state = lock(&call.state);
@@ -329,7 +325,14 @@ impl Inner {
     }
 
     /// Lets the rest of a large answer come when there is room for it.
-    fn make_room(self: &Arc<Self>, call: &Arc<Call>, worker: WorkerId, attempt: CallId, total: usize, frames: u32) {
+    fn make_room(
+        self: &Arc<Self>,
+        call: &Arc<Call>,
+        worker: WorkerId,
+        attempt: CallId,
+        total: usize,
+        frames: u32,
+    ) {
         let (inner, call) = (Arc::clone(self), Arc::clone(call));
         self.tasks.spawn(async move {
             let kib = u32::try_from(total.div_ceil(1024)).unwrap_or(u32::MAX);

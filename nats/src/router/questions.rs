@@ -216,7 +216,8 @@ impl Inner {
         let answers = self.ask_all(&Ask::Reports).await?;
         let mut by_name: HashMap<ServerName, Vec<ServerReport>> = HashMap::new();
         for answer in answers.into_iter().flatten() {
-            let reports: Vec<ServerReport> = serde_json::from_slice(&answer).map_err(WorkerError::internal)?;
+            let reports: Vec<ServerReport> =
+                serde_json::from_slice(&answer).map_err(WorkerError::internal)?;
             for report in reports {
                 by_name.entry(report.name.clone()).or_default().push(report);
             }

@@ -31,10 +31,13 @@ impl Inner {
 
     /// Waits until every shared server that runs here runs elsewhere as well, if there is an elsewhere.
     async fn hand_over(&self, end: Instant) {
-        let shared: Vec<_> = self.host.describe().servers.into_iter().filter(|load| load.users == 0).collect();
+        let shared: Vec<_> =
+            self.host.describe().servers.into_iter().filter(|load| load.users == 0).collect();
         while Instant::now() < end {
-            let alone = !self.router.is_up() || self.router.live().iter().all(|worker| worker == self.bus.node());
-            let left = shared.iter().filter(|load| self.host.wanted().iter().any(|(name, _)| *name == load.name));
+            let alone =
+                !self.router.is_up() || self.router.live().iter().all(|worker| worker == self.bus.node());
+            let left =
+                shared.iter().filter(|load| self.host.wanted().iter().any(|(name, _)| *name == load.name));
             let mut left = left.filter(|load| self.router.running(&load.name).is_empty());
             if alone || left.next().is_none() {
                 return;

@@ -133,8 +133,11 @@ impl Inner {
         id: RequestId,
     ) -> Result<(CallContext, ToolCall), WorkerError> {
         let invalid = |text: &str| WorkerError::new(ErrorCode::InvalidRequest, text);
-        let (server, user) =
-            self.bus.subjects().called(subject).ok_or_else(|| invalid("The subject names no server and user"))?;
+        let (server, user) = self
+            .bus
+            .subjects()
+            .called(subject)
+            .ok_or_else(|| invalid("The subject names no server and user"))?;
         mcp_shared::json::screen(payload)
             .map_err(|_| WorkerError::new(ErrorCode::InvalidJson, "The request is not JSON"))?;
         let call: Call = serde_json::from_slice(payload)
@@ -154,7 +157,9 @@ impl Inner {
             Some(_) => return Err(invalid("args must be a JSON object")),
         };
         let request_id = match call.request_id {
-            Some(own) => own.parse().map_err(|_| invalid("requestId must be 1 to 128 visible ASCII characters"))?,
+            Some(own) => {
+                own.parse().map_err(|_| invalid("requestId must be 1 to 128 visible ASCII characters"))?
+            }
             None => id,
         };
         let timeout = match call.timeout_ms {
