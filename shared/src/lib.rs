@@ -12,6 +12,7 @@ pub mod server;
 pub mod store;
 pub mod telemetry;
 pub mod timestamp;
+pub mod tls;
 pub mod vault;
 pub mod worker_api;
 

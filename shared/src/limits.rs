@@ -80,6 +80,12 @@ table! {
     STORE_TIMEOUT: Duration = Duration::from_secs(5);
     /// Store operations that may wait.
     STORE_QUEUE: usize = 1_024;
+    /// Connections to MongoDB of one node.
+    STORE_POOL: u32 = 32;
+    /// How long an operation waits for a MongoDB server that takes it.
+    STORE_SELECTION_TIMEOUT: Duration = Duration::from_secs(2);
+    /// How long making the indexes of a MongoDB database may take at a start.
+    STORE_SCHEMA_TIMEOUT: Duration = Duration::from_secs(120);
     /// How long a client may take to send the head of a request.
     HEADER_TIMEOUT: Duration = Duration::from_secs(10);
     /// How long a client may take to send the body of a request.

