@@ -3,12 +3,13 @@
 use axum::response::{IntoResponse, Response};
 use http::{HeaderName, HeaderValue, StatusCode, header};
 use mcp_shared::{
+    answer::failure,
     error::{ErrorCode, Outcome, WorkerError},
     ids::{InvalidName, RequestId},
     json::RawJson,
     vault::VaultError,
 };
-use serde_json::{Map, Value, json};
+use serde_json::Value;
 
 /// An error on its way out. The edge turns it into a document when it knows the request's id.
 #[derive(Debug, Clone)]
@@ -53,17 +54,7 @@ impl Problem {
 
     /// The document.
     pub fn envelope(&self, request: &RequestId) -> Value {
-        let mut body = Map::new();
-        body.insert("success".to_owned(), Value::Bool(false));
-        body.insert("error".to_owned(), self.error.message.clone().into());
-        body.insert("code".to_owned(), self.error.code.as_str().into());
-        body.insert("requestId".to_owned(), request.as_str().into());
-        body.insert("retryable".to_owned(), self.error.code.retryable().into());
-        if let Some(outcome) = self.error.outcome {
-            body.insert("outcome".to_owned(), json!(outcome));
-        }
-        body.extend(self.error.details.clone());
-        Value::Object(body)
+        failure(&self.error, request)
     }
 
     /// The finished answer.

@@ -1,6 +1,6 @@
 //! `/mcp/tool/call` and `/mcp/tools`.
 
-use std::{borrow::Cow, collections::HashMap, convert::Infallible, sync::Arc, time::Duration};
+use std::{collections::HashMap, convert::Infallible, sync::Arc, time::Duration};
 
 use axum::{
     body::Body,
@@ -14,13 +14,12 @@ use bytes::Bytes;
 use futures_util::stream;
 use http::{HeaderMap, StatusCode, header};
 use mcp_shared::{
+    answer::{failure, success},
     error::{Outcome, WorkerError},
     ids::{RequestId, ServerName, ToolName},
     json::RawJson,
     worker_api::{CallContext, CallEvent, CallStream, ToolCall},
 };
-use serde::{Deserialize, de::IgnoredAny};
-use serde_json::value::RawValue;
 
 use crate::{
     app::{App, Id, context, user},
@@ -110,11 +109,11 @@ fn events(stream: CallStream, id: RequestId) -> Response {
             Some(CallEvent::Done(Ok(result))) => ("result", text(&success(&result)), None),
             Some(CallEvent::Done(Err(error))) => {
                 let error = error.or_outcome(Outcome::Unknown);
-                ("error", Problem::from(error).envelope(&id).to_string(), None)
+                ("error", failure(&error, &id).to_string(), None)
             }
             None => {
                 let error = WorkerError::internal("a call ended without a result").outcome(Outcome::Unknown);
-                ("error", Problem::from(error).envelope(&id).to_string(), None)
+                ("error", failure(&error, &id).to_string(), None)
             }
         };
         Some((Ok::<_, Infallible>(Event::default().event(name).data(data)), rest))
@@ -125,109 +124,4 @@ fn events(stream: CallStream, id: RequestId) -> Response {
 /// JSON is UTF-8, and on one line as servers send it; an event's data may not have bare returns.
 fn text(bytes: &Bytes) -> String {
     String::from_utf8_lossy(bytes).replace('\r', " ")
-}
-
-/// `{"success":true,"data":RESULT}` with the result's bytes as they are, and its content type added.
-fn success(result: &RawJson) -> Bytes {
-    let content_type = content_type(result);
-    let raw = result.as_bytes();
-    let mut out = Vec::with_capacity(raw.len() + 96);
-    out.extend_from_slice(b"{\"success\":true,\"data\":");
-    match (content_type, raw.strip_suffix(b"}")) {
-        (Some(content_type), Some(members)) => {
-            out.extend_from_slice(members);
-            if members.trim_ascii_end() != b"{" {
-                out.push(b',');
-            }
-            out.extend_from_slice(b"\"contentType\":");
-            // A MIME type of the server's choosing may hold anything that a string can.
-            if serde_json::to_writer(&mut out, &content_type).is_err() {
-                out.extend_from_slice(b"null");
-            }
-            out.push(b'}');
-        }
-        _ => out.extend_from_slice(raw),
-    }
-    out.push(b'}');
-    out.into()
-}
-
-/// The MIME type of a result; `None` when the result says it itself.
-fn content_type(result: &RawJson) -> Option<Cow<'_, str>> {
-    #[derive(Deserialize)]
-    #[serde(rename_all = "camelCase")]
-    struct View<'a> {
-        #[serde(borrow)]
-        content: Option<&'a RawValue>,
-        structured_content: Option<IgnoredAny>,
-        content_type: Option<IgnoredAny>,
-    }
-
-    #[derive(Deserialize)]
-    #[serde(rename_all = "camelCase")]
-    struct Block<'a> {
-        #[serde(borrow, rename = "type")]
-        kind: Cow<'a, str>,
-        #[serde(borrow)]
-        text: Option<Cow<'a, str>>,
-        #[serde(borrow)]
-        mime_type: Option<Cow<'a, str>>,
-    }
-
-    const JSON: Cow<'_, str> = Cow::Borrowed("application/json");
-    let Ok(view) = result.read::<View<'_>>() else { return Some(JSON) };
-    if view.content_type.is_some() {
-        return None;
-    }
-    if view.structured_content.is_some() {
-        return Some(JSON);
-    }
-    let blocks: Option<Vec<&RawValue>> =
-        view.content.and_then(|content| serde_json::from_str(content.get()).ok());
-    let [block] = blocks.as_deref().unwrap_or_default() else { return Some(JSON) };
-    let Ok(block) = serde_json::from_str::<Block<'_>>(block.get()) else { return Some(JSON) };
-    Some(match (block.kind.as_ref(), block.text, block.mime_type) {
-        ("text", Some(text), _) if is_document(&text) => JSON,
-        ("text", Some(_), _) => Cow::Borrowed("text/plain"),
-        ("image" | "audio", _, Some(mime_type)) => mime_type,
-        _ => JSON,
-    })
-}
-
-/// Whether a text is one JSON document, by which an object or an array is meant: a number or a word in
-/// quotes is text to people.
-fn is_document(text: &str) -> bool {
-    text.trim_start().starts_with(['{', '[']) && serde_json::from_str::<IgnoredAny>(text).is_ok()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn results_keep_their_bytes_and_get_a_content_type() {
-        let cases = [
-            (r#"{"content":[{"type":"text","text":"hi"}]}"#, "text/plain"),
-            (r#"{"content":[{"type":"text","text":"42"}]}"#, "text/plain"),
-            (r#"{"content":[{"type":"text","text":" {\"a\":1}"}]}"#, "application/json"),
-            (r#"{"content":[{"type":"text","text":"{a"}]}"#, "text/plain"),
-            (r#"{"content":[{"type":"text","text":"a"},{"type":"text","text":"b"}]}"#, "application/json"),
-            (r#"{"content":[{"type":"image","data":"","mimeType":"image/png"}]}"#, "image/png"),
-            (r#"{"content":[{"type":"video","x":1.0}]}"#, "application/json"),
-            (r#"{"content":[{"type":"text","text":"x"}],"structuredContent":{"n":1e3}}"#, "application/json"),
-            (r#"{"content":"odd"}"#, "application/json"),
-            ("{}", "application/json"),
-            ("{ }", "application/json"),
-        ];
-        for (result, expected) in cases {
-            let body = success(&RawJson::parse(result).unwrap());
-            let text = std::str::from_utf8(&body).unwrap();
-            assert!(text.contains(result.trim_end_matches('}')), "{text}");
-            let value: serde_json::Value = serde_json::from_str(text).unwrap();
-            assert_eq!(value["data"]["contentType"], expected, "{result}");
-        }
-        let own = r#"{"content":[],"contentType":"x/y"}"#;
-        let body = success(&RawJson::parse(own).unwrap());
-        assert_eq!(body, format!(r#"{{"success":true,"data":{own}}}"#));
-    }
 }
