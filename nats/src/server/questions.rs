@@ -27,21 +27,21 @@ const SIGN: Duration = Duration::from_millis(400);
 impl Inner {
     pub(super) async fn question(self: &Arc<Self>, id: CallId, ask: Ask, reply: Subject) {
         let credit = Arc::new(Semaphore::new(usize::try_from(WINDOW).unwrap_or(1)));
-        {
+        let refused = {
             let mut questions = lock(&self.questions);
             if questions.contains_key(&id) {
                 // It was asked again because no sign had come.
-                drop(questions);
-                return self.say(&reply, &ToRouter::Alive).await;
-            }
-            if questions.len() < OPEN_QUESTIONS {
-                questions.insert(id, Arc::clone(&credit));
+                Some(ToRouter::Alive)
+            } else if questions.len() >= OPEN_QUESTIONS {
+                let error = WorkerError::new(ErrorCode::Overloaded, "This worker has too much to do");
+                Some(ToRouter::Failed(error.retry_after(Duration::from_secs(1))))
             } else {
-                drop(questions);
-                let error = WorkerError::new(ErrorCode::Overloaded, "This worker has too much to do")
-                    .retry_after(Duration::from_secs(1));
-                return self.say(&reply, &ToRouter::Failed(error)).await;
+                questions.insert(id, Arc::clone(&credit));
+                None
             }
+        };
+        if let Some(refused) = refused {
+            return self.say(&reply, &refused).await;
         }
         let inner = Arc::clone(self);
         self.tasks.spawn(async move {
