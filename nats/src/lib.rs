@@ -3,6 +3,7 @@
 pub mod bus;
 pub mod callee;
 pub mod caller;
+pub mod connect;
 pub mod fleet;
 pub mod frames;
 pub mod router;

@@ -7,9 +7,14 @@ use std::{
     io::{BufRead, BufReader},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, Instant},
 };
+
+use mcp_shared::testing::services;
 
 use nix::{
     sys::signal::{Signal, kill},
@@ -23,61 +28,170 @@ use tempfile::TempDir;
 /// passing test never waits that long.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
-/// A folder for data that outlives a deployment, so that another can be started on it.
+/// Data that outlives a deployment, so that another can be started on it: a folder, and for a cluster a
+/// database, subjects and a key of its own as well.
 #[derive(Clone)]
-pub struct Data(Arc<TempDir>);
+pub struct Data(Arc<Place>);
+
+struct Place {
+    folder: TempDir,
+    /// The name of the database, and the first token of every subject.
+    name: String,
+}
 
 impl Data {
-    /// A new, empty folder.
+    /// Empty data.
     pub fn new() -> Self {
-        Self(Arc::new(tempfile::Builder::new().prefix("mcp-api-test-").tempdir().unwrap()))
+        static COUNT: AtomicUsize = AtomicUsize::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::new(Place {
+            folder: tempfile::Builder::new().prefix("mcp-api-test-").tempdir().unwrap(),
+            name: format!("t{}-{count}", std::process::id()),
+        }))
     }
 
-    /// Where it is. `data/` below it is the program's `DATA_DIR`.
+    /// Where the folder is. `data/` below it is the `DATA_DIR` of a program on one machine.
     pub fn path(&self) -> &Path {
-        self.0.path()
+        self.0.folder.path()
     }
+
+    /// The name of the database and of the subjects.
+    pub fn name(&self) -> &str {
+        &self.0.name
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if crate::CLUSTER {
+            let name = self.name.clone();
+            // The place may go in the middle of a test, on a thread that runs a runtime already.
+            let dropped = std::thread::spawn(move || {
+                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+                runtime.block_on(async {
+                    if let Ok(client) = mongodb::Client::with_uri_str(services::shared_mongo()).await {
+                        let _ = client.database(&name).drop().await;
+                    }
+                });
+            });
+            let _ = dropped.join();
+        }
+    }
+}
+
+/// Which of the programs a process runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Program {
+    /// Answers HTTP; alone it is everything.
+    Gateway,
+    /// Owns servers.
+    Worker,
 }
 
 /// How a deployment is to be started.
 pub struct Builder {
     data: Data,
     env: BTreeMap<String, String>,
+    gateways: usize,
+    workers: usize,
 }
 
 impl Builder {
-    /// Sets an environment variable of the program.
+    /// Sets an environment variable of the programs.
     pub fn env(mut self, name: &str, value: impl Into<String>) -> Self {
         self.env.insert(name.to_owned(), value.into());
         self
     }
 
-    /// Uses a folder that an earlier deployment used.
+    /// Uses data that an earlier deployment used.
     pub fn data(mut self, data: &Data) -> Self {
         self.data = data.clone();
         self
     }
 
+    /// How many workers a cluster has.
+    #[allow(dead_code, reason = "only tests of clusters ask for a number")]
+    pub fn workers(mut self, count: usize) -> Self {
+        self.workers = count;
+        self
+    }
+
     /// The command that starts the program, with nothing of the test's environment but the search path.
     pub fn command(&self) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_mcp-gateway"));
+        self.node_command(Program::Gateway, "")
+    }
+
+    fn node_command(&self, program: Program, name: &str) -> Command {
+        let folder = self.data.path().join(name);
+        std::fs::create_dir_all(&folder).unwrap();
+        let mut command = Command::new(match program {
+            Program::Gateway => env!("CARGO_BIN_EXE_mcp-gateway"),
+            Program::Worker => env!("CARGO_BIN_EXE_mcp-worker"),
+        });
         command
-            .current_dir(self.data.path())
+            .current_dir(&folder)
             .env_clear()
             .env("PATH", std::env::var("PATH").unwrap_or_default())
             .env("HOME", self.data.path())
             .env("PORT", "0")
             .env("LOG_FORMAT", "json")
-            .envs(&self.env)
             .stdin(Stdio::null());
+        if crate::CLUSTER {
+            command
+                .env("WORKER_PORT", "0")
+                .env("NATS_URL", services::shared_nats().url())
+                .env("NATS_PREFIX", self.data.name())
+                .env("MONGODB_URI", services::shared_mongo())
+                .env("MONGO_DBNAME", self.data.name())
+                .env("SECRETS_KEY", CLUSTER_KEY);
+        }
+        command.envs(&self.env);
         command
     }
 
-    /// Starts the program and waits until it says where it listens.
+    /// Starts the programs and waits until they say where they listen, and see each other.
     pub async fn start(self) -> Deployment {
-        let log = self.data.path().join("gateway.log");
+        let mut names = vec![(Program::Gateway, String::new())];
+        if crate::CLUSTER {
+            names = (0..self.gateways).map(|at| (Program::Gateway, format!("gateway-{at}"))).collect();
+            names.extend((0..self.workers).map(|at| (Program::Worker, format!("worker-{at}"))));
+        }
+        let data = self.data.clone();
+        let nodes = futures_util::future::join_all(
+            names.iter().map(|(program, name)| Node::start(&self, *program, name)),
+        )
+        .await;
+        let api = Deployment {
+            nodes,
+            data,
+            client: reqwest::Client::new(),
+            turn: AtomicUsize::new(0),
+            builder: Builder { data: self.data.clone(), env: self.env.clone(), ..self },
+        };
+        if crate::CLUSTER {
+            api.sees(api.builder.workers).await;
+        }
+        api
+    }
+}
+
+/// One process of a deployment.
+pub struct Node {
+    child: Child,
+    program: Program,
+    base: String,
+    /// What it calls itself in the fleet; empty for a gateway.
+    #[allow(dead_code, reason = "only tests of clusters tell workers apart")]
+    pub id: String,
+    log: PathBuf,
+}
+
+impl Node {
+    async fn start(builder: &Builder, program: Program, name: &str) -> Self {
+        let mut command = builder.node_command(program, name);
+        let log = builder.data.path().join(name).join("program.log");
         let stderr = File::options().create(true).append(true).open(&log).unwrap();
-        let mut child = self.command().stdout(Stdio::piped()).stderr(stderr).spawn().unwrap();
+        let mut child = command.stdout(Stdio::piped()).stderr(stderr).spawn().unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let first = tokio::task::spawn_blocking(move || lines.next()).await.unwrap();
         let first = first.and_then(Result::ok).unwrap_or_else(|| {
@@ -85,17 +199,34 @@ impl Builder {
         });
         let base = first.split_whitespace().last().unwrap().to_owned();
         assert!(base.starts_with("http://"), "{first}");
-        Deployment { child: Some(child), base, data: self.data, log, client: reqwest::Client::new() }
+        let id = first.split(['(', ')']).nth(1).unwrap_or_default().to_owned();
+        Self { child, program, base, id, log }
+    }
+
+    /// The process id.
+    pub fn pid(&self) -> i32 {
+        i32::try_from(self.child.id()).unwrap()
     }
 }
 
-/// A running program. Dropping it kills it, and with it every server that it started.
+impl Drop for Node {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// The key of all clusters of tests.
+pub const CLUSTER_KEY: &str = "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f";
+
+/// The programs of one deployment. Dropping it kills them, and with them every server that they started.
 pub struct Deployment {
-    child: Option<Child>,
-    base: String,
+    nodes: Vec<Node>,
     data: Data,
-    log: PathBuf,
     client: reqwest::Client,
+    /// Requests go to the gateways in turn.
+    turn: AtomicUsize,
+    builder: Builder,
 }
 
 /// An HTTP answer.
@@ -159,17 +290,40 @@ impl Deployment {
 
     /// A program with settings of the test's own.
     pub fn builder() -> Builder {
-        Builder { data: Data::new(), env: BTreeMap::new() }
+        Builder { data: Data::new(), env: BTreeMap::new(), gateways: 2, workers: 2 }
     }
 
-    /// `http://127.0.0.1:PORT`.
+    /// `http://127.0.0.1:PORT` of a gateway: each of them in turn.
     pub fn base(&self) -> &str {
-        &self.base
+        let gateways: Vec<_> = self.of(Program::Gateway).collect();
+        &gateways[self.turn.fetch_add(1, Ordering::Relaxed) % gateways.len()].base
     }
 
-    /// `127.0.0.1:PORT`.
+    /// `127.0.0.1:PORT` of a gateway.
     pub fn address(&self) -> &str {
-        self.base.trim_start_matches("http://")
+        self.base().trim_start_matches("http://")
+    }
+
+    fn of(&self, program: Program) -> impl Iterator<Item = &Node> {
+        self.nodes.iter().filter(move |node| node.program == program)
+    }
+
+    /// The processes that own servers.
+    pub fn owners(&self) -> Vec<i32> {
+        let owner = if crate::CLUSTER { Program::Worker } else { Program::Gateway };
+        self.of(owner).map(Node::pid).collect()
+    }
+
+    /// Waits until every gateway sees so many workers.
+    async fn sees(&self, workers: usize) {
+        for gateway in self.of(Program::Gateway) {
+            eventually("the gateways see all workers", async || {
+                let fleet = self.client.get(format!("{}/fleet", gateway.base)).send().await.unwrap();
+                let fleet: Value = fleet.json().await.unwrap();
+                fleet["workers"].as_array().is_some_and(|seen| seen.len() == workers)
+            })
+            .await;
+        }
     }
 
     /// The data folder.
@@ -177,19 +331,14 @@ impl Deployment {
         self.data.clone()
     }
 
-    /// What the program logged so far.
+    /// What the programs logged so far.
     pub fn log(&self) -> String {
-        std::fs::read_to_string(&self.log).unwrap()
-    }
-
-    /// The program's process id.
-    pub fn pid(&self) -> i32 {
-        i32::try_from(self.child.as_ref().unwrap().id()).unwrap()
+        self.nodes.iter().map(|node| std::fs::read_to_string(&node.log).unwrap()).collect()
     }
 
     /// A request to be completed by the test.
     pub fn request(&self, method: Method, path: &str) -> RequestBuilder {
-        self.client.request(method, format!("{}{path}", self.base))
+        self.client.request(method, format!("{}{path}", self.base()))
     }
 
     /// Sends a request.
@@ -271,37 +420,34 @@ impl Deployment {
         instances.iter().filter_map(|one| i32::try_from(one["pid"].as_i64()?).ok()).collect()
     }
 
-    /// Sends a signal to the program.
+    /// Sends a signal to every program.
     pub fn signal(&self, signal: Signal) {
-        kill(Pid::from_raw(self.pid()), signal).unwrap();
+        for node in &self.nodes {
+            kill(Pid::from_raw(node.pid()), signal).unwrap();
+        }
     }
 
-    /// Stops the program in order and waits for its end.
+    /// Stops the programs in order and waits for their end.
     pub async fn stop(mut self) -> ExitStatus {
         self.signal(Signal::SIGTERM);
         self.wait().await
     }
 
-    /// Kills the program without warning and waits until it is gone.
+    /// Kills the programs without warning and waits until they are gone.
     pub async fn kill(mut self) {
         self.signal(Signal::SIGKILL);
         self.wait().await;
     }
 
-    /// Waits for the program's end.
+    /// Waits for the end of all programs. The status is that of one that failed, if one did.
     pub async fn wait(&mut self) -> ExitStatus {
-        let mut child = self.child.take().unwrap();
-        let waiting = tokio::task::spawn_blocking(move || child.wait().unwrap());
-        tokio::time::timeout(2 * PATIENCE, waiting).await.expect("the program did not end").unwrap()
-    }
-}
-
-impl Drop for Deployment {
-    fn drop(&mut self) {
-        if let Some(mut child) = self.child.take() {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
+        let nodes = std::mem::take(&mut self.nodes);
+        let waiting = nodes
+            .into_iter()
+            .map(|mut node| tokio::task::spawn_blocking(move || node.child.wait().unwrap()));
+        let waiting = futures_util::future::try_join_all(waiting);
+        let ends = tokio::time::timeout(2 * PATIENCE, waiting).await.expect("the program did not end").unwrap();
+        ends.iter().find(|end| !end.success()).copied().unwrap_or(ends[0])
     }
 }
 

@@ -1,0 +1,117 @@
+//! Logging in to NATS as the settings say, and whether it is a NATS that may be used.
+
+use async_nats::{Client, ConnectErrorKind, ConnectOptions, ServerAddr, ServerInfo};
+use mcp_shared::{
+    config::{BusLogin, BusSettings},
+    ids::WorkerId,
+};
+use secrecy::ExposeSecret;
+
+use crate::bus::Bus;
+
+/// The oldest version of NATS that is known to do.
+const OLDEST: (u64, u64) = (2, 10);
+
+/// Why NATS cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// Nobody answers, which may pass.
+    #[error("{0}")]
+    Unreachable(String),
+    /// It answers, and does not let this node in or is not fit for it.
+    #[error("{0}")]
+    Unfit(String),
+}
+
+impl Bus {
+    /// Connects a node, once, and looks whether the server may be used.
+    pub async fn open(settings: &BusSettings, node: WorkerId) -> Result<Self, OpenError> {
+        mcp_shared::tls::install_provider();
+        let options = options(settings)?;
+        let bus = Bus::connect(options, addresses(settings)?, &settings.prefix, node).await.map_err(explain)?;
+        fit(settings, &bus.client().server_info())?;
+        Ok(bus)
+    }
+}
+
+/// What `check` says: connects once and leaves nothing behind.
+pub async fn check(settings: &BusSettings) -> Result<String, OpenError> {
+    mcp_shared::tls::install_provider();
+    let client: Client =
+        options(settings)?.name("mcp-api check").connect(addresses(settings)?).await.map_err(explain)?;
+    let info = client.server_info();
+    fit(settings, &info)?;
+    let login = if info.auth_required { "asks for a login" } else { "asks nobody for a login" };
+    Ok(format!("{}, version {}, {login}, messages up to {} bytes", settings.shown(), info.version, info.max_payload))
+}
+
+fn options(settings: &BusSettings) -> Result<ConnectOptions, OpenError> {
+    let unfit = |error: std::io::Error| OpenError::Unfit(format!("NATS_CREDS: {error}"));
+    let mut options = ConnectOptions::new();
+    options = match &settings.login {
+        BusLogin::None => options,
+        BusLogin::Password { user, password } => {
+            options.user_and_password(user.clone(), password.expose_secret().to_owned())
+        }
+        BusLogin::Token(token) => options.token(token.expose_secret().to_owned()),
+        BusLogin::Credentials(contents) => options.credentials(contents.expose_secret()).map_err(unfit)?,
+        BusLogin::NKey(seed) => options.nkey(seed.expose_secret().trim().to_owned()),
+    };
+    options = options.require_tls(settings.tls.required);
+    if let Some(ca) = &settings.tls.ca {
+        options = options.add_root_certificates(ca.clone());
+    }
+    if let Some((certificate, key)) = &settings.tls.identity {
+        options = options.add_client_certificate(certificate.clone(), key.clone());
+    }
+    Ok(options)
+}
+
+fn addresses(settings: &BusSettings) -> Result<Vec<ServerAddr>, OpenError> {
+    let parse = |server: &mcp_shared::config::BusServer| {
+        server.to_string().parse().map_err(|error| OpenError::Unfit(format!("{server}: {error}")))
+    };
+    settings.servers.iter().map(parse).collect()
+}
+
+/// Anybody who can speak on the bus can call tools as any user, so a server that lets everybody in is
+/// used only where the settings allow it.
+fn fit(settings: &BusSettings, info: &ServerInfo) -> Result<(), OpenError> {
+    let version = {
+        let mut numbers = info.version.split('.').map(|number| number.parse::<u64>().unwrap_or(0));
+        (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+    };
+    if version < OLDEST {
+        let (major, minor) = OLDEST;
+        return Err(OpenError::Unfit(format!("version {} is older than {major}.{minor}", info.version)));
+    }
+    if !info.headers {
+        return Err(OpenError::Unfit("the server has headers switched off".to_owned()));
+    }
+    if !settings.open_allowed && !info.auth_required {
+        return Err(OpenError::Unfit(
+            "the server asks nobody for a login and is not on this machine; give it accounts, or set NATS_AUTH=none"
+                .to_owned(),
+        ));
+    }
+    Ok(())
+}
+
+fn explain(error: async_nats::ConnectError) -> OpenError {
+    let mut text = error.to_string();
+    let mut source = std::error::Error::source(&error);
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    match error.kind() {
+        ConnectErrorKind::Authentication
+        | ConnectErrorKind::AuthorizationViolation
+        | ConnectErrorKind::ServerParse
+        | ConnectErrorKind::Tls => OpenError::Unfit(text),
+        _ => OpenError::Unreachable(text),
+    }
+}
