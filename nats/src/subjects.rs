@@ -61,6 +61,11 @@ impl Subjects {
         format!("{}.v1.inbox.{node}", self.prefix)
     }
 
+    /// Whether a subject is none of the fleet's own.
+    pub fn is_foreign(&self, subject: &str) -> bool {
+        subject.strip_prefix(self.prefix.as_str()).is_none_or(|rest| !rest.starts_with(".v1."))
+    }
+
     /// The names that stand in the subject of a service's call, as tokens.
     pub fn called<'a>(&self, subject: &'a str) -> Option<(&'a str, &'a str)> {
         let rest = subject.strip_prefix(self.prefix.as_str())?.strip_prefix(".v1.call.")?;

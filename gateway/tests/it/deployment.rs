@@ -207,6 +207,20 @@ impl Node {
     pub fn pid(&self) -> i32 {
         i32::try_from(self.child.id()).unwrap()
     }
+
+    /// Sends a signal.
+    #[allow(dead_code, reason = "only tests of clusters signal single nodes")]
+    pub fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.pid()), signal).unwrap();
+    }
+
+    /// Stops it in order and waits for its end.
+    #[allow(dead_code, reason = "only tests of clusters stop single nodes")]
+    pub async fn stop(mut self) -> ExitStatus {
+        self.signal(Signal::SIGTERM);
+        let waiting = tokio::task::spawn_blocking(move || self.child.wait().unwrap());
+        tokio::time::timeout(2 * PATIENCE, waiting).await.expect("the program did not end").unwrap()
+    }
 }
 
 impl Drop for Node {
@@ -314,8 +328,45 @@ impl Deployment {
         self.of(owner).map(Node::pid).collect()
     }
 
+    /// The workers, in the order in which they were started.
+    #[allow(dead_code, reason = "only tests of clusters tell workers apart")]
+    pub fn workers(&self) -> Vec<&Node> {
+        self.of(Program::Worker).collect()
+    }
+
+    /// Starts one more worker, and waits until all gateways see it.
+    #[allow(dead_code, reason = "only tests of clusters add workers")]
+    pub async fn add_worker(&mut self) {
+        let name = format!("worker-{}", self.nodes.len());
+        let node = Node::start(&self.builder, Program::Worker, &name).await;
+        self.nodes.push(node);
+        self.sees(self.workers().len()).await;
+    }
+
+    /// Takes a worker out of the deployment: its process goes on until the test ends it.
+    #[allow(dead_code, reason = "only tests of clusters take workers away")]
+    pub fn take_worker(&mut self, id: &str) -> Node {
+        let at = self.nodes.iter().position(|node| node.id == id).unwrap();
+        self.nodes.remove(at)
+    }
+
+    /// The worker that owns a process of a server.
+    #[allow(dead_code, reason = "only tests of clusters ask who owns what")]
+    pub async fn owners_of(&self, server: &str) -> Vec<String> {
+        let server = self.server(server).await;
+        let instances = server["instances"].as_array().unwrap();
+        let mut owners: Vec<_> = instances
+            .iter()
+            .filter(|one| one["status"] == "connected")
+            .map(|one| one["workerId"].as_str().unwrap().to_owned())
+            .collect();
+        owners.sort();
+        owners.dedup();
+        owners
+    }
+
     /// Waits until every gateway sees so many workers.
-    async fn sees(&self, workers: usize) {
+    pub async fn sees(&self, workers: usize) {
         for gateway in self.of(Program::Gateway) {
             eventually("the gateways see all workers", async || {
                 let fleet = self.client.get(format!("{}/fleet", gateway.base)).send().await.unwrap();

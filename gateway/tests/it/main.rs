@@ -9,6 +9,8 @@ mod compat;
 mod deployment;
 mod durability;
 mod edge;
+mod embedded;
+mod fixture;
 mod framing;
 mod lifecycle;
 mod processes;
@@ -17,19 +19,7 @@ mod secrets;
 mod settings;
 mod smoke;
 
-/// The first argument that turns this test binary into the MCP server that it tests with. So the server
-/// is always as new as the tests, and nothing has to be found or built at run time.
-const FIXTURE: &str = "mcp-fixture";
+use fixture::FIXTURE;
 
-/// Runs before the test harness looks at the arguments.
-// The attribute places a function pointer in a section of the binary that the loader calls. The
-// function needs no more than the program's arguments, which the standard library has by then.
-#[allow(unsafe_code)]
-#[ctor::ctor(unsafe)]
-fn become_fixture() {
-    let mut arguments = std::env::args().skip(1);
-    if arguments.next().as_deref() == Some(FIXTURE) {
-        let arguments: Vec<String> = arguments.collect();
-        std::process::exit(mcp_shared::testing::fixture::run(&arguments));
-    }
-}
+/// The shape that the tests of this binary start.
+const CLUSTER: bool = false;

@@ -2,7 +2,6 @@
 
 use std::{
     collections::BTreeSet,
-    os::unix::fs::PermissionsExt,
     path::Path,
     sync::{
         Arc,
@@ -10,13 +9,12 @@ use std::{
     },
 };
 
-use rusqlite::{Connection, params};
 use serde_json::{Value, json};
 
-use crate::deployment::{Answer, Data, Deployment, alive, eventually};
+use crate::deployment::{Answer, Deployment, alive, eventually};
 
 /// What the fixture's tool `args` got as its arguments.
-async fn arguments(api: &Deployment, user: &str, server: &str, args: Value) -> Value {
+pub async fn arguments(api: &Deployment, user: &str, server: &str, args: Value) -> Value {
     serde_json::from_str(&api.call_as(user, server, "args", args).await.tool_text()).unwrap()
 }
 
@@ -30,10 +28,6 @@ async fn pid_of(api: &Deployment, user: &str, server: &str) -> i32 {
     let text = api.call_as(user, server, "pid", json!({})).await.tool_text();
     let ids: Value = serde_json::from_str(&text).unwrap();
     i32::try_from(ids["pid"].as_i64().unwrap()).unwrap()
-}
-
-fn database(data: &Data) -> Connection {
-    Connection::open(data.path().join("data").join("mcp-api.db")).unwrap()
 }
 
 /// A server that reads its key from the environment, as most servers do.
@@ -163,14 +157,16 @@ async fn a_change_is_seen_by_every_call_that_starts_after_it() {
     }
 }
 
+/// Stores a secret of Alice's as clients of newer mcp-api versions do.
+pub async fn set(api: &Deployment, name: &str, value: &str) -> Answer {
+    let body = json!({"username": "alice", "secretName": name, "secretValue": value});
+    api.post("/secrets/set", &body).await
+}
+
 #[tokio::test]
 async fn a_name_with_the_server_before_a_dot_is_understood() {
     let api = Deployment::start().await;
     api.add_fixture("echo", &[], json!({})).await;
-    let set = async |api: &Deployment, name: &str, value: &str| {
-        let body = json!({"username": "alice", "secretName": name, "secretValue": value});
-        api.post("/secrets/set", &body).await
-    };
     set(&api, "echo.API_KEY", "one").await.ok();
     assert_eq!(arguments(&api, "alice", "echo", json!({})).await, json!({"API_KEY": "one"}));
     set(&api, "nobody.API_KEY", "x").await.fails(404, "server_not_found");
@@ -180,23 +176,6 @@ async fn a_name_with_the_server_before_a_dot_is_understood() {
     let body = json!({"username": "alice", "secretName": "echo.API_KEY"});
     api.post("/secrets/delete", &body).await.ok();
     assert_eq!(arguments(&api, "alice", "echo", json!({})).await, json!({}));
-
-    // Databases of earlier versions have servers with dots in their names; only such a database can
-    // make two servers fit one name.
-    let data = api.data();
-    api.stop().await;
-    database(&data)
-        .execute(
-            "INSERT INTO servers (name, case_key, revision, document) \
-             SELECT 'echo.v2', 'echo.v2', 1, json_set(document, '$.name', 'echo.v2') FROM servers",
-            [],
-        )
-        .unwrap();
-    let api = Deployment::builder().data(&data).start().await;
-    set(&api, "echo.v2.API_KEY", "two").await.ok();
-    set(&api, "echo.v3.API_KEY", "three").await.ok();
-    assert_eq!(arguments(&api, "alice", "echo.v2", json!({})).await, json!({"API_KEY": "two"}));
-    assert_eq!(arguments(&api, "alice", "echo", json!({})).await, json!({"v3.API_KEY": "three"}));
 }
 
 #[tokio::test]
@@ -391,70 +370,6 @@ async fn a_name_that_is_deleted_and_registered_at_once_is_a_new_server() {
     }
 }
 
-#[tokio::test]
-async fn key_and_folder_belong_to_their_owner_alone() {
-    let api = Deployment::start().await;
-    api.add_fixture("echo", &[], json!({})).await;
-    let folder = api.data().path().join("data");
-    let mode = |path: &Path| path.metadata().unwrap().permissions().mode() & 0o777;
-    assert_eq!(mode(&folder), 0o700);
-    for file in std::fs::read_dir(&folder).unwrap() {
-        let path = file.unwrap().path();
-        assert_eq!(mode(&path) & 0o077, 0, "{}", path.display());
-    }
-    assert_eq!(mode(&folder.join("secrets.key")), 0o600);
-}
-
-#[tokio::test]
-async fn values_that_were_moved_in_the_database_are_not_used() {
-    let api = Deployment::start().await;
-    api.add_fixture("echo", &["--more"], json!({})).await;
-    api.add_fixture("other", &["--more"], json!({})).await;
-    api.add_fixture("variables", &[], json!({"env": {"ONE": "first value", "TWO": "second value"}})).await;
-    for user in ["alice", "bob", "carol"] {
-        api.set_secret(user, "echo", "K", &format!("key-of-{user}")).await.ok();
-    }
-    api.set_secret("dave", "other", "K", "daves key").await.ok();
-    let data = api.data();
-    api.stop().await;
-
-    let database = database(&data);
-    let value = |user: &str| -> String {
-        let sql = "SELECT value FROM secrets WHERE username = ?1";
-        database.query_row(sql, [user], |row| row.get(0)).unwrap()
-    };
-    let (of_alice, of_bob) = (value("alice"), value("bob"));
-    for (user, value) in [("alice", of_bob), ("bob", of_alice)] {
-        let sql = "UPDATE secrets SET value = ?2 WHERE username = ?1";
-        assert_eq!(database.execute(sql, params![user, value]).unwrap(), 1);
-    }
-    // A secret is not sent to another server by changing the name beside it.
-    let sql = "UPDATE secrets SET server_name = 'echo' WHERE username = 'dave'";
-    assert_eq!(database.execute(sql, []).unwrap(), 1);
-    let sql = "UPDATE servers SET document = json_set(document, \
-               '$.env.ONE', json_extract(document, '$.env.TWO'), \
-               '$.env.TWO', json_extract(document, '$.env.ONE')) WHERE name = 'variables'";
-    assert_eq!(database.execute(sql, []).unwrap(), 1);
-    drop(database);
-
-    let api = Deployment::builder().data(&data).start().await;
-    for user in ["alice", "bob", "dave"] {
-        let refused = api.call_as(user, "echo", "count", json!({})).await.fails(500, "secret_integrity");
-        assert_eq!(refused.json()["outcome"], "not_started", "{user}");
-        assert_eq!(refused.json()["retryable"], false, "{user}");
-    }
-    // Only the calls that need such a value fail, and they never reached the server.
-    assert_eq!(api.call_as("carol", "echo", "count", json!({})).await.tool_text(), "1");
-    assert_eq!(arguments(&api, "carol", "echo", json!({})).await, json!({"K": "key-of-carol"}));
-    assert_eq!(arguments(&api, "alice", "other", json!({})).await, json!({}));
-    api.get("/mcp/servers/variables").await.fails(500, "secret_integrity");
-    let servers = api.get("/mcp/servers").await.ok().json();
-    assert_eq!(servers["servers"].as_array().unwrap().len(), 2, "the others are still listed");
-    // Setting the secret again mends it.
-    api.set_secret("alice", "echo", "K", "mended").await.ok();
-    assert_eq!(arguments(&api, "alice", "echo", json!({})).await, json!({"K": "mended"}));
-}
-
 /// Secrets of every shape that must be found nowhere.
 fn canaries() -> Vec<(&'static str, String)> {
     let chance = |bytes: usize| -> String {
@@ -581,7 +496,7 @@ async fn secret_values_show_up_nowhere() {
     places.extend(files(folder.path()));
     api.stop().await;
     places.extend(files(folder.path()));
-    assert!(places.iter().any(|(place, _)| place.ends_with("gateway.log")));
+    assert!(places.iter().any(|(place, _)| place.ends_with("program.log")));
     for (user, value) in &canaries {
         for trace in traces(value) {
             for (place, bytes) in &places {

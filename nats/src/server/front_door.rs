@@ -75,6 +75,10 @@ pub(super) async fn open(inner: &Arc<Inner>) {
                 () = door.stopping.cancelled() => break,
             };
             let Some(request) = request else { break };
+            // An answer must not be sent to where nodes are answered, as if a node had sent it.
+            if !request.message.reply.as_ref().is_some_and(|reply| door.bus.subjects().is_foreign(reply)) {
+                continue;
+            }
             let permit = Arc::clone(&room).try_acquire_owned();
             let inner = Arc::clone(&door);
             door.tasks.spawn(async move {

@@ -1,0 +1,41 @@
+//! The behaviour tests once more, against two gateways and two workers with a real NATS server and a real
+//! server of MongoDB's protocol between them; and tests of what only a cluster has. Answers are the same,
+//! whichever gateway is asked: requests go to them in turn.
+// A test that cannot set up what it needs has failed, and a panic is how it says so.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+#[path = "../it/calls.rs"]
+mod calls;
+#[path = "../it/compat.rs"]
+mod compat;
+#[path = "../it/deployment.rs"]
+mod deployment;
+#[path = "../it/durability.rs"]
+mod durability;
+#[path = "../it/edge.rs"]
+mod edge;
+#[path = "../it/framing.rs"]
+mod framing;
+#[path = "../it/lifecycle.rs"]
+mod lifecycle;
+#[path = "../it/processes.rs"]
+mod processes;
+#[path = "../it/real_servers.rs"]
+mod real_servers;
+#[path = "../it/secrets.rs"]
+mod secrets;
+#[path = "../it/smoke.rs"]
+mod smoke;
+
+mod bodies;
+mod fleet;
+mod placement;
+mod reads_after_writes;
+mod services;
+
+#[path = "../it/fixture.rs"]
+mod fixture;
+use fixture::FIXTURE;
+
+/// The shape that the tests of this binary start.
+const CLUSTER: bool = true;
