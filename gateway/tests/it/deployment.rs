@@ -60,13 +60,23 @@ impl Builder {
 
     /// The command that starts the program, with nothing of the test's environment but the search path.
     pub fn command(&self) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_mcp-gateway"));
+        self.program(env!("CARGO_BIN_EXE_mcp-gateway"))
+    }
+
+    /// The command that starts a worker with the same settings.
+    pub fn worker_command(&self) -> Command {
+        self.program(env!("CARGO_BIN_EXE_mcp-worker"))
+    }
+
+    fn program(&self, path: &str) -> Command {
+        let mut command = Command::new(path);
         command
             .current_dir(self.data.path())
             .env_clear()
             .env("PATH", std::env::var("PATH").unwrap_or_default())
             .env("HOME", self.data.path())
             .env("PORT", "0")
+            .env("WORKER_PORT", "0")
             .env("LOG_FORMAT", "json")
             .envs(&self.env)
             .stdin(Stdio::null());
