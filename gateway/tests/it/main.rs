@@ -15,6 +15,7 @@ mod processes;
 mod real_servers;
 mod secrets;
 mod settings;
+mod settings_cluster;
 mod smoke;
 
 /// The first argument that turns this test binary into the MCP server that it tests with. So the server
