@@ -7,6 +7,7 @@ use bytes::Bytes;
 use http::{HeaderMap, request::Parts};
 use mcp_shared::{
     error::{ErrorCode, WorkerError},
+    fleet::NodeReport,
     ids::{RequestId, ServerName, UserId},
     limits,
     store::StoreError,
@@ -26,6 +27,8 @@ pub struct App {
     pub vault: Vault,
     /// Who does the work.
     pub worker: Arc<dyn WorkerApi>,
+    /// This gateway.
+    pub me: NodeReport,
     /// The largest body, in bytes.
     pub payload_limit: usize,
     /// Changes under way, which a stop waits for.

@@ -1,12 +1,13 @@
 //! `mcp-gateway`: parses, wires, runs.
 
 mod app;
+mod backend;
 mod body;
 mod check;
+mod cluster;
 #[cfg(test)]
 mod documentation;
 mod edge;
-mod node;
 mod problem;
 mod router;
 mod routes;
@@ -17,21 +18,18 @@ use std::{io::Write, path::PathBuf, process::ExitCode, sync::Arc, time::Duration
 use clap::{Parser, Subcommand};
 use mcp_shared::{
     config::{self, Settings},
-    telemetry,
-    worker_api::WorkerApi,
+    lifecycle::{self, EX_TEMPFAIL, complain},
+    node::{self, NodeError},
 };
-use mcp_worker::{Worker, supervisor};
+use mcp_worker::program;
 use tokio::{
     net::TcpListener,
-    signal::unix::{SignalKind, signal},
     time::{Instant, timeout, timeout_at},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-/// The exit status for settings that no restart mends (`EX_CONFIG` of sysexits.h).
-pub const EX_CONFIG: u8 = 78;
-/// The exit status for something that may pass, such as a data folder that is in use (`EX_TEMPFAIL`).
-const EX_TEMPFAIL: u8 = 75;
+use backend::Backend;
+
 /// How long answers may take to leave after the last server was stopped.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
 
@@ -50,59 +48,29 @@ struct Arguments {
 enum Command {
     /// Serve the API (the default).
     Serve,
-    /// Print the effective settings, and whether store, key and data folder can be used.
+    /// Print the effective settings, and whether store, bus, key and data folder can be used.
     Check,
 }
 
 fn main() -> ExitCode {
-    supervisor::protect_process();
-    // The supervisor is this executable under another argument, before any thread exists.
-    if std::env::args_os().nth(1).is_some_and(|argument| argument == supervisor::ARGUMENT) {
-        return supervisor::run();
+    if let Some(ended) = program::supervised() {
+        return ended;
     }
     let arguments = Arguments::parse();
-    let env_file = config::env_file(arguments.env_file);
-    let settings = match Settings::load(config::process_environment(), env_file.as_deref()) {
-        Ok(settings) => settings,
-        Err(errors) => {
-            complain(&format!("mcp-gateway cannot start with these settings:\n{errors}"));
-            return ExitCode::from(EX_CONFIG);
-        }
-    };
-    if let Err(error) = telemetry::init(settings.log_format, settings.debug, settings.log_filter.as_deref()) {
-        complain(&error.to_string());
-        return ExitCode::FAILURE;
-    }
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
-        Ok(runtime) => runtime,
-        Err(error) => {
-            complain(&format!("the runtime did not start: {error}"));
-            return ExitCode::FAILURE;
-        }
-    };
-    runtime.block_on(async {
-        match arguments.command {
-            Some(Command::Check) => check::check(&settings).await,
-            Some(Command::Serve) | None => run(&settings).await,
-        }
+    lifecycle::run("mcp-gateway", arguments.env_file, async |settings| match arguments.command {
+        Some(Command::Check) => check::run(settings).await,
+        Some(Command::Serve) | None => run(settings).await,
     })
 }
 
 /// Serves until a signal, and then stops in order: no new connections, requests in flight, processes.
 async fn run(settings: &Settings) -> ExitCode {
-    for warning in &settings.warnings {
-        tracing::warn!("{warning}");
-    }
-    for name in settings.later.keys() {
-        tracing::warn!("{name} is set, but this version does not use it");
-    }
-    let stop = CancellationToken::new();
-    if let Err(error) = stop_on_signals(stop.clone()) {
-        complain(&format!("signals cannot be received: {error}"));
-        return ExitCode::FAILURE;
-    }
+    let stop = match lifecycle::begin(settings) {
+        Ok(stop) => stop,
+        Err(status) => return status,
+    };
     // The address first: two programs on one port is the commoner mistake.
-    let address = address(settings);
+    let address = lifecycle::address(&settings.host, settings.port);
     let listener = match TcpListener::bind(&address).await {
         Ok(listener) => listener,
         Err(error) => {
@@ -111,12 +79,9 @@ async fn run(settings: &Settings) -> ExitCode {
         }
     };
     let changes = TaskTracker::new();
-    let (worker, router) = match start(settings, changes.clone()).await {
+    let (backend, router) = match start(settings, changes.clone(), &stop).await {
         Ok(started) => started,
-        Err(error) => {
-            complain(&node::explain(&error));
-            return ExitCode::from(if error.is_configuration() { EX_CONFIG } else { EX_TEMPFAIL });
-        }
+        Err(error) => return error.report(),
     };
     announce(settings, &listener);
     let open = serve::serve(listener, router, stop).await;
@@ -129,7 +94,7 @@ async fn run(settings: &Settings) -> ExitCode {
     // Changes whose callers are gone are carried through all the same.
     changes.close();
     let _ = timeout_at(drained, changes.wait()).await;
-    worker.shutdown(drained.saturating_duration_since(Instant::now())).await;
+    backend.shutdown(drained.saturating_duration_since(Instant::now())).await;
     if late {
         // Calls that ended because their server was stopped have answers too.
         let _ = timeout(LAST_ANSWERS, answered).await;
@@ -138,67 +103,32 @@ async fn run(settings: &Settings) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// The program on one machine: this is the only place that knows the worker behind the API.
+/// Opens what the API stands on, and puts the API before it.
 async fn start(
     settings: &Settings,
     changes: TaskTracker,
-) -> Result<(Arc<Worker>, axum::Router), node::NodeError> {
-    let vault = node::open(settings).await?;
-    let worker = Worker::open(vault.clone(), supervisor::this_program()).await?;
-    let app = app::App {
-        vault,
-        worker: Arc::clone(&worker) as Arc<dyn WorkerApi>,
-        payload_limit: settings.payload_limit,
-        changes,
-    };
+    stop: &CancellationToken,
+) -> Result<(Backend, axum::Router), NodeError> {
+    let vault = node::open(settings, stop).await?;
+    let me = backend::myself(&vault);
+    let backend = Backend::open(settings, &vault, &me, stop).await?;
+    let app =
+        app::App { vault, worker: backend.worker(), me, payload_limit: settings.payload_limit, changes };
     let allowed = edge::Allowed::new(
         settings.allowed_hosts.clone(),
         settings.allowed_origins.clone(),
         settings.host.to_string(),
     );
-    Ok((worker, router::router(Arc::new(app), Arc::new(allowed))))
-}
-
-/// `HOST:PORT` as a socket address is written.
-fn address(settings: &Settings) -> String {
-    let host = settings.host.to_string();
-    if host.contains(':') {
-        format!("[{host}]:{}", settings.port)
-    } else {
-        format!("{host}:{}", settings.port)
-    }
+    Ok((backend, router::router(Arc::new(app), Arc::new(allowed))))
 }
 
 /// Tells a person where the program listens and what to do first.
 fn announce(settings: &Settings, listener: &TcpListener) {
-    let address = listener.local_addr().map_or_else(|_| address(settings), |address| address.to_string());
+    let address = listener
+        .local_addr()
+        .map_or_else(|_| lifecycle::address(&settings.host, settings.port), |address| address.to_string());
     tracing::info!(%address, data_dir = %settings.data_dir.display(), "listening");
     let mut out = std::io::stdout().lock();
     let _ = writeln!(out, "mcp-api {} listens on http://{address}", env!("CARGO_PKG_VERSION"));
     let _ = writeln!(out, "Try: curl http://{address}/mcp/servers");
-}
-
-/// The first signal stops in order; a second one ends the program at once.
-fn stop_on_signals(stop: CancellationToken) -> std::io::Result<()> {
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut terminate = signal(SignalKind::terminate())?;
-    tokio::spawn(async move {
-        for name in ["stopping", "stopping at once"] {
-            tokio::select! {
-                _ = interrupt.recv() => {}
-                _ = terminate.recv() => {}
-            }
-            tracing::info!("{name}");
-            if stop.is_cancelled() {
-                // The supervisor ends the servers when this process is gone.
-                std::process::exit(130);
-            }
-            stop.cancel();
-        }
-    });
-    Ok(())
-}
-
-fn complain(text: &str) {
-    let _ = writeln!(std::io::stderr(), "{text}");
 }

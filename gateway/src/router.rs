@@ -13,7 +13,7 @@ use crate::{
     app::App,
     edge::{Allowed, edge},
     problem::Problem,
-    routes::{health, secrets, servers, tools},
+    routes::{fleet, health, secrets, servers, tools},
 };
 
 /// The whole HTTP API.
@@ -21,6 +21,7 @@ pub fn router(app: Arc<App>, allowed: Arc<Allowed>) -> Router {
     Router::new()
         .route("/healthz", get(health::healthz))
         .route("/readyz", get(health::readyz))
+        .route("/fleet", get(fleet::get))
         .route("/mcp/tool/call", post(tools::call))
         .route("/mcp/tools", get(tools::list))
         .route("/mcp/servers", get(servers::list).post(servers::add))

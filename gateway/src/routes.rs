@@ -1,5 +1,6 @@
 //! The handlers, one file per noun. [`crate::router`] lists the routes.
 
+pub mod fleet;
 pub mod health;
 pub mod secrets;
 pub mod server_input;

@@ -28,7 +28,8 @@ impl Bus {
     pub async fn open(settings: &BusSettings, node: WorkerId) -> Result<Self, OpenError> {
         mcp_shared::tls::install_provider();
         let options = options(settings)?;
-        let bus = Bus::connect(options, addresses(settings)?, &settings.prefix, node).await.map_err(explain)?;
+        let bus =
+            Bus::connect(options, addresses(settings)?, &settings.prefix, node).await.map_err(explain)?;
         fit(settings, &bus.client().server_info())?;
         Ok(bus)
     }
@@ -42,7 +43,12 @@ pub async fn check(settings: &BusSettings) -> Result<String, OpenError> {
     let info = client.server_info();
     fit(settings, &info)?;
     let login = if info.auth_required { "asks for a login" } else { "asks nobody for a login" };
-    Ok(format!("{}, version {}, {login}, messages up to {} bytes", settings.shown(), info.version, info.max_payload))
+    Ok(format!(
+        "{}, version {}, {login}, messages up to {} bytes",
+        settings.shown(),
+        info.version,
+        info.max_payload
+    ))
 }
 
 fn options(settings: &BusSettings) -> Result<ConnectOptions, OpenError> {

@@ -6,6 +6,7 @@ pub mod caller;
 pub mod connect;
 pub mod fleet;
 pub mod frames;
+mod micro;
 pub mod router;
 pub mod server;
 pub mod subjects;

@@ -82,6 +82,7 @@ struct Inner {
     /// Since when the connection stands, in milliseconds.
     connected_since: AtomicU64,
     random: AtomicU64,
+    listing: Mutex<Option<async_nats::service::Service>>,
 }
 
 /// Ids that nobody else gives: half of one is drawn once, the other half counts.
@@ -128,6 +129,7 @@ impl Router {
             echo: AtomicU64::new(crate::wire::millis(bus.now())),
             connected_since: AtomicU64::new(0),
             random: AtomicU64::new(uuid::Uuid::new_v4().as_u64_pair().1 | 1),
+            listing: Mutex::default(),
             bus,
         });
         let replies = inner.bus.replies().await?;
@@ -138,6 +140,15 @@ impl Router {
         inner.tasks.spawn(Arc::clone(&inner).beat());
         tokio::time::sleep(INTRODUCTION).await;
         Ok(Self { inner })
+    }
+
+    /// Shows this node to the micro-service protocol of NATS. A node that cannot be listed works all the
+    /// same.
+    pub async fn register(&self, name: &str) {
+        match crate::micro::register(&self.inner.bus, name).await {
+            Ok(service) => *lock(&self.inner.listing) = Some(service),
+            Err(error) => tracing::warn!(error.cause = %error, "this node is not listed as a micro service"),
+        }
     }
 
     /// The bus that it is on.

@@ -21,6 +21,11 @@ impl Subjects {
         Self { prefix: prefix.to_owned() }
     }
 
+    /// The first token.
+    pub fn prefix(&self) -> &str {
+        &self.prefix
+    }
+
     /// Calls by services, whatever server and user they name.
     pub fn front_door(&self) -> String {
         format!("{}.v1.call.*.*", self.prefix)

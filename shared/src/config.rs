@@ -14,15 +14,21 @@ use secrecy::SecretString;
 
 use crate::{crypter::LegacyMode, error::shorten};
 
+mod bus;
 mod dotenv;
+mod mongo;
 mod parse;
+mod table;
 mod variables;
 
 #[cfg(test)]
 mod tests;
 
+pub use bus::{BusLogin, BusServer, BusSettings, BusTls};
+pub use mongo::{MongoLogin, MongoSettings, StoreSettings};
 pub use parse::ListenHost;
-pub use variables::{Group, Since, VARIABLES, Variable, find, help_text, markdown_table};
+pub use table::VARIABLES;
+pub use variables::{Group, Since, Variable, find, help_text, markdown_table};
 
 /// The file that is read when it exists and no other is named.
 pub const DEFAULT_ENV_FILE: &str = ".env";
@@ -86,8 +92,18 @@ pub struct Settings {
     pub payload_limit: usize,
     /// How long calls in flight have to finish when the program stops.
     pub shutdown_timeout: Duration,
-    /// Folder of everything that is kept.
+    /// Folder of everything that this machine keeps.
     pub data_dir: PathBuf,
+    /// Which store.
+    pub store: StoreSettings,
+    /// The bus between gateways and workers; without one the worker runs in the gateway's process.
+    pub bus: Option<BusSettings>,
+    /// How long a start waits for a store or bus on the network.
+    pub start_timeout: Duration,
+    /// Where a worker serves its health.
+    pub worker_host: ListenHost,
+    /// The port of a worker's health; 0 for any free one.
+    pub worker_port: u16,
     /// The key for secrets. Whether it is strong enough is for the key ring to say.
     pub secrets_key: Option<SecretString>,
     /// A key ring's file; never set together with `secrets_key`.
@@ -181,7 +197,6 @@ impl Settings {
         if let Some(path) = dotenv {
             reader.take_file(path);
         }
-        reader.refuse_what_is_not_built();
 
         let host = reader.required("HOST", parse::host);
         let port = reader.required("PORT", parse::port);
@@ -197,6 +212,12 @@ impl Settings {
         let debug = reader.required("DEBUG", parse::boolean);
         let log_format = reader.required("LOG_FORMAT", parse::log_format);
         let log_filter = reader.optional("RUST_LOG", parse::log_filter);
+
+        let start_timeout = reader.required("START_TIMEOUT_SECONDS", parse::seconds);
+        let worker_host = reader.required("WORKER_HOST", parse::host);
+        let worker_port = reader.required("WORKER_PORT", parse::port);
+        let store = reader.store();
+        let bus = reader.bus();
 
         if secrets_key.is_some() && secrets_keys_file.is_some() {
             reader.problem("SECRETS_KEYS_FILE", "SECRETS_KEY is set as well; set only one of the two");
@@ -218,6 +239,10 @@ impl Settings {
             Some(data_dir),
             Some(debug),
             Some(log_format),
+            Some(start_timeout),
+            Some(worker_host),
+            Some(worker_port),
+            Some(store),
             true,
         ) = (
             host,
@@ -227,6 +252,10 @@ impl Settings {
             data_dir,
             debug,
             log_format,
+            start_timeout,
+            worker_host,
+            worker_port,
+            store,
             reader.problems.is_empty(),
         )
         else {
@@ -241,6 +270,11 @@ impl Settings {
             payload_limit,
             shutdown_timeout,
             data_dir,
+            store,
+            bus,
+            start_timeout,
+            worker_host,
+            worker_port,
             secrets_key,
             secrets_keys_file,
             legacy,
@@ -266,10 +300,10 @@ impl fmt::Debug for Settings {
 }
 
 /// Variables of other programs that are spelled almost like one of ours.
-const FOREIGN: &[&str] = &["MONGO_PORT", "PYTHON_DIR", "PYTHON_LIB", "WORKER_HOST"];
+const FOREIGN: &[&str] = &["MONGO_PORT", "NATS_USER", "PYTHON_DIR", "PYTHON_LIB"];
 
 /// Families of variables that later versions read. Their members are not listed one by one.
-const FAMILIES: &[&str] = &["NATS_TLS_", "OTEL_"];
+const FAMILIES: &[&str] = &["OTEL_"];
 
 /// Values as they were found, and what was wrong with them.
 #[derive(Default)]
@@ -330,18 +364,6 @@ impl Reader {
         }
     }
 
-    fn refuse_what_is_not_built(&mut self) {
-        for variable in VARIABLES.iter().filter(|variable| variable.used == Since::Refused) {
-            if self.values.contains_key(variable.name) {
-                self.problem(
-                    variable.name,
-                    "clusters and MongoDB are not part of this version; unset it to run on one machine with \
-                     the embedded store",
-                );
-            }
-        }
-    }
-
     fn raw(&self, name: &str) -> Option<String> {
         self.values.get(name).map(|(value, _)| value.clone())
     }
@@ -375,6 +397,10 @@ impl Reader {
     ) -> Option<T> {
         match read(value) {
             Ok(value) => Some(value),
+            Err(valid) if find(name).is_some_and(|variable| variable.secret) => {
+                self.problem(name, format!("the value is not valid; valid: {valid}"));
+                None
+            }
             Err(valid) => {
                 self.problem(name, format!("`{}` is not valid; valid: {valid}", show(value, 64)));
                 None

@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 
 pub mod answer;
+pub mod check;
 pub mod config;
 pub mod crypter;
 pub mod error;
@@ -8,7 +9,9 @@ pub mod fleet;
 pub mod hosting;
 pub mod ids;
 pub mod json;
+pub mod lifecycle;
 pub mod limits;
+pub mod node;
 pub mod server;
 pub mod store;
 pub mod telemetry;

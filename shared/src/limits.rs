@@ -106,4 +106,8 @@ table! {
     COMMAND_BYTES: usize = 1024 * 1024;
     /// Connections that one gateway serves at once.
     CONNECTIONS: usize = 10_000;
+    /// Connections to a worker's health that are served at once.
+    HEALTH_CONNECTIONS: usize = 64;
+    /// How long such a connection, which has one request, may take.
+    HEALTH_TIMEOUT: Duration = Duration::from_secs(10);
 }

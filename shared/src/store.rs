@@ -11,6 +11,7 @@ use crate::{
 
 pub mod embedded;
 pub mod mongo;
+pub mod open;
 
 /// The number of a document's version. It changes with every write of the document.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]

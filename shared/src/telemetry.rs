@@ -11,7 +11,7 @@ use crate::{config::LogFormat, error::shorten};
 /// What stands in the log while nobody asks for more.
 const DEFAULT: &str = "info";
 /// What `DEBUG=true` makes of it: our own crates only, because libraries say a lot at that level.
-const DEBUG: &str = "info,mcp_gateway=debug,mcp_worker=debug,mcp_shared=debug";
+const DEBUG: &str = "info,mcp_gateway=debug,mcp_worker=debug,mcp_nats=debug,mcp_shared=debug";
 /// Characters of a panic's message that reach the log; it may hold somebody's data.
 const PANIC_MESSAGE: usize = 200;
 

@@ -1,11 +1,14 @@
 #![doc = include_str!("../README.md")]
 
+pub mod bus;
 mod call;
 mod group;
+pub mod health;
 mod host;
 mod instance;
 mod logs;
 mod mcp;
+pub mod program;
 mod registry;
 mod secrets;
 pub mod supervisor;

@@ -17,7 +17,7 @@ pub async fn healthz() -> Response {
     json_response(StatusCode::OK, &json!({"status": "ok"}))
 }
 
-/// `GET /readyz`: the store can be written and calls can be taken; otherwise 503 that names what not.
+/// `GET /readyz`: the store can be written, and workers can be reached that take calls; otherwise 503 that names what not.
 pub async fn readyz(State(app): State<Arc<App>>) -> Result<Response, Problem> {
     let (worker, store) = tokio::join!(app.worker.ready(), app.vault.ping());
     let mut missing = Vec::new();
@@ -27,7 +27,7 @@ pub async fn readyz(State(app): State<Arc<App>>) -> Result<Response, Problem> {
         missing.push("store");
     }
     if let Err(error) = worker {
-        missing.push("worker");
+        missing.push(if error.code == ErrorCode::BusUnavailable { "bus" } else { "worker" });
         code = error.code;
     }
     if missing.is_empty() {

@@ -130,7 +130,8 @@ async fn a_rolling_restart_of_workers_fails_no_call() {
                 let mut answers = Vec::new();
                 while !stop.is_cancelled() {
                     let body = json!({"serverName": "echo", "methodName": "sleep", "args": {"ms": 20}});
-                    let answer = client.post(format!("{address}/mcp/tool/call")).json(&body).send().await.unwrap();
+                    let answer =
+                        client.post(format!("{address}/mcp/tool/call")).json(&body).send().await.unwrap();
                     let (status, text) = (answer.status().as_u16(), answer.text().await.unwrap());
                     if status != 200 {
                         answers.push(text);

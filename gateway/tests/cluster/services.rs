@@ -15,9 +15,8 @@ async fn client() -> Client {
 
 /// A request as `nats request` sends it.
 async fn request(client: &Client, subject: String, body: &str) -> Value {
-    let request = async_nats::Request::new()
-        .payload(body.to_owned().into())
-        .timeout(Some(Duration::from_secs(30)));
+    let request =
+        async_nats::Request::new().payload(body.to_owned().into()).timeout(Some(Duration::from_secs(30)));
     let reply = client.send_request(subject, request).await.unwrap();
     serde_json::from_slice(&reply.payload).unwrap()
 }

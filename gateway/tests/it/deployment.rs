@@ -121,6 +121,12 @@ impl Builder {
         self.node_command(Program::Gateway, "")
     }
 
+    /// The command that starts a worker with the same settings.
+    #[allow(dead_code, reason = "a cluster's tests start workers by the builder")]
+    pub fn worker_command(&self) -> Command {
+        self.node_command(Program::Worker, "")
+    }
+
     fn node_command(&self, program: Program, name: &str) -> Command {
         let folder = self.data.path().join(name);
         std::fs::create_dir_all(&folder).unwrap();
@@ -134,11 +140,11 @@ impl Builder {
             .env("PATH", std::env::var("PATH").unwrap_or_default())
             .env("HOME", self.data.path())
             .env("PORT", "0")
+            .env("WORKER_PORT", "0")
             .env("LOG_FORMAT", "json")
             .stdin(Stdio::null());
         if crate::CLUSTER {
             command
-                .env("WORKER_PORT", "0")
                 .env("NATS_URL", services::shared_nats().url())
                 .env("NATS_PREFIX", self.data.name())
                 .env("MONGODB_URI", services::shared_mongo())
@@ -493,11 +499,11 @@ impl Deployment {
     /// Waits for the end of all programs. The status is that of one that failed, if one did.
     pub async fn wait(&mut self) -> ExitStatus {
         let nodes = std::mem::take(&mut self.nodes);
-        let waiting = nodes
-            .into_iter()
-            .map(|mut node| tokio::task::spawn_blocking(move || node.child.wait().unwrap()));
+        let waiting =
+            nodes.into_iter().map(|mut node| tokio::task::spawn_blocking(move || node.child.wait().unwrap()));
         let waiting = futures_util::future::try_join_all(waiting);
-        let ends = tokio::time::timeout(2 * PATIENCE, waiting).await.expect("the program did not end").unwrap();
+        let ends =
+            tokio::time::timeout(2 * PATIENCE, waiting).await.expect("the program did not end").unwrap();
         ends.iter().find(|end| !end.success()).copied().unwrap_or(ends[0])
     }
 }

@@ -14,6 +14,7 @@ use crate::deployment::{Answer, Deployment, PATIENCE, fixture};
 
 /// Every route of the program with the methods that it has, as `Allow` lists them.
 const ROUTES: &[(&str, &[&str])] = &[
+    ("/fleet", &["GET", "HEAD"]),
     ("/healthz", &["GET", "HEAD"]),
     ("/readyz", &["GET", "HEAD"]),
     ("/mcp/tool/call", &["POST"]),

@@ -17,6 +17,7 @@ mod processes;
 mod real_servers;
 mod secrets;
 mod settings;
+mod settings_cluster;
 mod smoke;
 
 use fixture::FIXTURE;

@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use async_nats::service::{Request, ServiceExt};
+use async_nats::service::Request;
 use bytes::Bytes;
 use futures_util::StreamExt;
 use mcp_shared::{
@@ -17,12 +17,10 @@ use serde::Deserialize;
 use tokio::sync::Semaphore;
 
 use super::Inner;
-use crate::subjects::token;
+use crate::{micro, subjects::token};
 
 /// Calls of services that one worker sees to at once.
 const OPEN: usize = 1_024;
-/// The queue group of all workers: one of them answers.
-const GROUP: &str = "workers";
 /// What a reply may have around it.
 const AROUND: usize = 1_024;
 
@@ -43,18 +41,10 @@ struct Call {
 
 /// Opens the door. The micro-service protocol shows it to `nats micro ls`.
 pub(super) async fn open(inner: &Arc<Inner>) {
-    let built = inner
-        .bus
-        .client()
-        .service_builder()
-        .description("Calls tools of MCP servers")
-        .queue_group(GROUP)
-        .metadata([("worker".to_owned(), inner.bus.node().to_string())].into())
-        .start("mcp-worker", env!("CARGO_PKG_VERSION"))
-        .await;
+    let built = micro::register(&inner.bus, "mcp-worker").await;
     let opened = match built {
         Ok(service) => {
-            let endpoint = service.endpoint_builder().name("call").queue_group(GROUP);
+            let endpoint = service.endpoint_builder().name("call").queue_group(micro::GROUP);
             endpoint.add(inner.bus.subjects().front_door()).await.map(|endpoint| (service, endpoint))
         }
         Err(error) => Err(error),

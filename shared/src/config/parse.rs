@@ -76,7 +76,7 @@ fn host_name(text: &str) -> Option<String> {
 }
 
 /// `host` or `host:port`, normalised: names in lower case, IPv6 addresses in brackets.
-fn host_and_port(text: &str) -> Option<(String, Option<u16>)> {
+pub(super) fn host_and_port(text: &str) -> Option<(String, Option<u16>)> {
     let (host, port) = if text.starts_with('[') {
         let end = text.find(']')?;
         let v6: std::net::Ipv6Addr = text[1..end].parse().ok()?;
@@ -226,4 +226,26 @@ pub(super) fn auth(text: &str) -> Result<Auth, Valid> {
 
 pub(super) fn path(text: &str) -> Result<PathBuf, Valid> {
     Ok(PathBuf::from(text))
+}
+
+/// Whether a host, as [`host_and_port`] writes it, can only be this machine.
+pub(super) fn is_loopback(host: &str) -> bool {
+    let bare = host.trim_start_matches('[').trim_end_matches(']');
+    host == "localhost" || bare.parse::<IpAddr>().is_ok_and(|address| address.to_canonical().is_loopback())
+}
+
+/// What percent signs stand for in the user information of a URL; `None` where they stand for nothing.
+pub(super) fn percent_decoded(text: &str) -> Option<String> {
+    let mut out = Vec::with_capacity(text.len());
+    let mut rest = text.bytes();
+    while let Some(byte) = rest.next() {
+        if byte == b'%' {
+            let mut digit = || rest.next().and_then(|digit| char::from(digit).to_digit(16));
+            let value = digit()? * 16 + digit()?;
+            out.push(u8::try_from(value).ok()?);
+        } else {
+            out.push(byte);
+        }
+    }
+    String::from_utf8(out).ok()
 }

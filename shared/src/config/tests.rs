@@ -4,6 +4,8 @@ use secrecy::ExposeSecret;
 
 use super::*;
 
+mod cluster;
+
 fn pairs(env: &[(&str, &str)]) -> impl Iterator<Item = (String, String)> {
     env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect::<Vec<_>>().into_iter()
 }
@@ -68,7 +70,10 @@ fn every_value_is_read() {
         ("LOG_FORMAT", "json"),
         ("RUST_LOG", "warn,mcp_gateway=trace"),
         ("INSTALL_ON_START", "@a/b|c"),
-        ("MONGO_PASS", "canary"),
+        ("PIP_INDEX_URL", "canary"),
+        ("WORKER_HOST", "0.0.0.0"),
+        ("WORKER_PORT", "0"),
+        ("START_TIMEOUT_SECONDS", "5"),
         ("PATH", "/bin"),
     ])
     .unwrap();
@@ -87,7 +92,9 @@ fn every_value_is_read() {
     assert_eq!(settings.log_format, LogFormat::Json);
     assert_eq!(settings.log_filter.as_deref(), Some("warn,mcp_gateway=trace"));
     let later: Vec<_> = settings.later.iter().map(|(name, value)| (*name, value.as_str())).collect();
-    assert_eq!(later, [("INSTALL_ON_START", "@a/b|c"), ("MONGO_PASS", "canary")]);
+    assert_eq!(later, [("INSTALL_ON_START", "@a/b|c"), ("PIP_INDEX_URL", "canary")]);
+    assert_eq!((settings.worker_host.to_string().as_str(), settings.worker_port), ("0.0.0.0", 0));
+    assert_eq!(settings.start_timeout, Duration::from_secs(5));
 }
 
 #[test]
@@ -172,9 +179,11 @@ fn bad_values_are_refused_with_what_would_be_valid() {
         ("RUST_LOG", "a=b=c", "a log filter"),
         ("DATA_DIR", "/a\u{fffd}", "not UTF-8"),
         ("SECRETS_KEY", "canary\u{fffd}", "SECRETS_KEY: the value is not UTF-8 text"),
-        ("NATS_URL", "nats://u:canary@h", "NATS_URL: clusters and MongoDB are not part of this version"),
-        ("MONGO_HOST", "mongodb://u:canary@h", "unset it to run on one machine with the embedded store"),
-        ("MONGODB_URI", "mongodb://u:canary@h", "MONGODB_URI: clusters and MongoDB"),
+        ("START_TIMEOUT_SECONDS", "0", "from 1 to 600"),
+        ("WORKER_PORT", "x", "a number"),
+        ("WORKER_HOST", "127.1", "an IP address"),
+        ("MONGO_DBNAME", "a/b", "1 to 63 characters"),
+        ("SECRETS_DBNAME", "a b", "1 to 63 characters"),
     ] {
         let errors = load(&[(name, value)]).unwrap_err();
         let text = errors.to_string();
@@ -207,7 +216,7 @@ fn everything_wrong_is_reported_at_once() {
         .load(&[
             ("PORT", "x"),
             ("DEBUG", "x"),
-            ("NATS_URL", "x"),
+            ("MONGODB_URI", "x"),
             ("SECRETS_KEY", "k"),
             ("SECRETS_KEYS_FILE", "f"),
         ])
@@ -220,8 +229,7 @@ fn everything_wrong_is_reported_at_once() {
 
 #[test]
 fn the_environment_wins_and_empty_is_unset() {
-    let file =
-        EnvFile::new("wins", "PORT=1111\nHOST=\nDEBUG=true\nPAYLOAD_LIMIT=1mb\nOTEL_X=1\nNATS_TLS_CA=x\n");
+    let file = EnvFile::new("wins", "PORT=1111\nHOST=\nDEBUG=true\nPAYLOAD_LIMIT=1mb\nOTEL_X=1\n");
     let settings = file.load(&[("PORT", "2222"), ("DEBUG", ""), ("PAYLOAD_LIMIT", "  ")]).unwrap();
     assert_eq!((settings.port, settings.debug, settings.payload_limit), (2222, true, 1 << 20));
     let origin = |wanted| settings.effective().into_iter().find(|(name, ..)| *name == wanted).unwrap();
@@ -295,7 +303,7 @@ fn names_in_the_environment_that_are_nearly_ours_are_warned_about() {
 fn secrets_are_masked() {
     let mut env: Vec<_> = VARIABLES
         .iter()
-        .filter(|v| v.secret && v.used != Since::Refused)
+        .filter(|v| v.secret && v.group != Group::Cluster)
         .map(|v| (v.name, "canary-canary"))
         .collect();
     env.push(("SEARXNG_URL", "https://user:canary@search.example/x"));

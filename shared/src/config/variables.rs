@@ -1,6 +1,8 @@
-//! The normative table of settings. Reading them, `--help` and the README all come from here.
+//! What a variable is, and how the table of them is shown in `--help` and in the README.
 
 use std::fmt::Write;
+
+use super::table::VARIABLES;
 
 /// What this version does with a variable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -9,8 +11,6 @@ pub enum Since {
     Now,
     /// It is known and accepted, and does nothing yet.
     Later,
-    /// It is known, and setting it is an error: running on without it would lose what it asks for.
-    Refused,
 }
 
 /// The heading under which a variable is explained.
@@ -66,219 +66,6 @@ pub struct Variable {
     pub used: Since,
 }
 
-const fn plain(
-    name: &'static str,
-    default: &'static str,
-    group: Group,
-    used: Since,
-    help: &'static str,
-) -> Variable {
-    Variable { name, default, group, help, secret: false, used }
-}
-
-const fn secret(
-    name: &'static str,
-    default: &'static str,
-    group: Group,
-    used: Since,
-    help: &'static str,
-) -> Variable {
-    Variable { name, default, group, help, secret: true, used }
-}
-
-/// Every variable that the program knows, in the order of the documentation.
-pub const VARIABLES: &[Variable] = &[
-    plain(
-        "HOST",
-        "127.0.0.1",
-        Group::Http,
-        Since::Now,
-        "Address to listen on. Anything but loopback is refused unless AUTH=none is set as well.",
-    ),
-    plain("PORT", "8080", Group::Http, Since::Now, "HTTP server port; 0 picks a free one and logs it."),
-    plain(
-        "AUTH",
-        "none on loopback",
-        Group::Http,
-        Since::Now,
-        "Who is let in. The only value of this version is none: something in front authenticates, or \
-         everyone who can connect is trusted.",
-    ),
-    plain(
-        "ALLOWED_HOSTS",
-        "loopback names",
-        Group::Http,
-        Since::Now,
-        "Host names, comma-separated, that requests may be addressed to besides the loopback names. A name \
-         without a port stands for every port.",
-    ),
-    plain(
-        "ALLOWED_ORIGINS",
-        "loopback names",
-        Group::Http,
-        Since::Now,
-        "Origins of web pages, comma-separated, that may send requests besides those on loopback names, \
-         such as https://app.example.com.",
-    ),
-    plain(
-        "PAYLOAD_LIMIT",
-        "6mb",
-        Group::Http,
-        Since::Now,
-        "Maximum request body size: bytes, or a number with b, kb, mb or gb; from 1kb to 1gb.",
-    ),
-    plain(
-        "SHUTDOWN_TIMEOUT_SECONDS",
-        "30",
-        Group::Http,
-        Since::Now,
-        "How long calls in flight have to finish when the program stops; from 1 to 600.",
-    ),
-    plain(
-        "DATA_DIR",
-        "./data",
-        Group::Storage,
-        Since::Now,
-        "Folder of the embedded store, the generated key and the packages.",
-    ),
-    secret(
-        "SECRETS_KEY",
-        "generated on a single node",
-        Group::Secrets,
-        Since::Now,
-        "Key that encrypts secrets: 32 bytes in hex or base64, or a long passphrase.",
-    ),
-    plain(
-        "SECRETS_KEYS_FILE",
-        "",
-        Group::Secrets,
-        Since::Now,
-        "File with a key ring instead of SECRETS_KEY: lines of kid:base64 of 32 bytes, the first one \
-         encrypts.",
-    ),
-    plain(
-        "LEGACY_SECRETS",
-        "rw where such values exist, else off",
-        Group::Secrets,
-        Since::Now,
-        "Secrets in the format of earlier versions: rw reads and writes them, ro reads them, off refuses \
-         them.",
-    ),
-    plain(
-        "DEBUG",
-        "false",
-        Group::Logging,
-        Since::Now,
-        "Enable debug logging of this program's own parts, unless RUST_LOG says more.",
-    ),
-    plain(
-        "LOG_FORMAT",
-        "auto",
-        Group::Logging,
-        Since::Now,
-        "pretty for people, json for one JSON object a line; auto is pretty on a terminal, else json.",
-    ),
-    plain(
-        "RUST_LOG",
-        "info",
-        Group::Logging,
-        Since::Now,
-        "Log filter, such as info or mcp_gateway=debug,warn.",
-    ),
-    plain(
-        "INSTALL_ON_START",
-        "@missionsquad/mcp-github|github,@missionsquad/mcp-helper-tools|helper-tools",
-        Group::Packages,
-        Since::Later,
-        "Packages to auto-install on first run.",
-    ),
-    plain(
-        "SEARXNG_URL",
-        "",
-        Group::Packages,
-        Since::Later,
-        "SearXNG instance URL for the built-in web search tool.",
-    ),
-    plain(
-        "EGRESS_ALLOW",
-        "",
-        Group::Packages,
-        Since::Later,
-        "Hosts and networks, comma-separated, that requests steered by users may reach although they are \
-         private.",
-    ),
-    plain(
-        "PYTHON_BIN",
-        "",
-        Group::Packages,
-        Since::Later,
-        "Path to the Python executable; python3, then python when unset.",
-    ),
-    plain(
-        "PYTHON_VENV_DIR",
-        "packages/python",
-        Group::Packages,
-        Since::Later,
-        "Base directory for Python virtual environments; the default is below DATA_DIR.",
-    ),
-    secret("PIP_INDEX_URL", "", Group::Packages, Since::Later, "Custom PyPI index URL for pip."),
-    secret("PIP_EXTRA_INDEX_URL", "", Group::Packages, Since::Later, "Additional PyPI index URL for pip."),
-    secret(
-        "GOOGLE_OAUTH_CREDENTIALS",
-        "",
-        Group::Packages,
-        Since::Later,
-        "Full Google OAuth credentials JSON (single-line string) for the Stdio OAuth2 flow.",
-    ),
-    secret("NATS_URL", "", Group::Cluster, Since::Refused, "NATS server that connects gateways and workers."),
-    plain("NATS_CREDS", "", Group::Cluster, Since::Later, "Credentials file for NATS."),
-    plain("NATS_NKEY_SEED_FILE", "", Group::Cluster, Since::Later, "NKey seed file for NATS."),
-    plain(
-        "WORKER_PORT",
-        "9090",
-        Group::Cluster,
-        Since::Later,
-        "Port of a worker's health and metrics; 0 picks a free one and logs it.",
-    ),
-    secret(
-        "MONGODB_URI",
-        "",
-        Group::Cluster,
-        Since::Refused,
-        "Full MongoDB connection string; wins over MONGO_HOST, MONGO_USER and MONGO_PASS.",
-    ),
-    secret(
-        "MONGO_HOST",
-        "",
-        Group::Cluster,
-        Since::Refused,
-        "MongoDB host and port, or a full mongodb:// URI; the embedded store when unset.",
-    ),
-    plain("MONGO_USER", "root", Group::Cluster, Since::Later, "MongoDB username."),
-    secret("MONGO_PASS", "example", Group::Cluster, Since::Later, "MongoDB password."),
-    plain(
-        "MONGO_DBNAME",
-        "squad-test",
-        Group::Cluster,
-        Since::Later,
-        "MongoDB database name for MCP server records and packages.",
-    ),
-    plain(
-        "MONGO_REPLICASET",
-        "",
-        Group::Cluster,
-        Since::Later,
-        "MongoDB replica set name, for replica set connections.",
-    ),
-    plain(
-        "SECRETS_DBNAME",
-        "secrets",
-        Group::Cluster,
-        Since::Later,
-        "MongoDB database name for encrypted secrets.",
-    ),
-];
-
 /// The table's entry for a name.
 pub fn find(name: &str) -> Option<&'static Variable> {
     VARIABLES.iter().find(|variable| variable.name == name)
@@ -290,7 +77,6 @@ impl Variable {
         match self.used {
             Since::Now => self.help.to_owned(),
             Since::Later => format!("{} Accepted, but not used by this version.", self.help),
-            Since::Refused => format!("{} Not part of this version: setting it is an error.", self.help),
         }
     }
 }

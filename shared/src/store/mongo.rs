@@ -136,6 +136,16 @@ impl MongoStore {
     /// Connects to a database, makes its indexes if they are missing, and resolves what stands in
     /// their way.
     pub async fn connect(settings: MongoSettings) -> Result<Arc<Self>, ConnectError> {
+        let store = Self::inspect(settings).await?;
+        // Building an index on a large collection may take longer than an operation.
+        let indexes =
+            tokio::time::timeout(limits::STORE_SCHEMA_TIMEOUT, store.database.ensure_indexes()).await;
+        indexes.map_err(|_| unavailable("the indexes were not made in time"))?.map_err(StoreError::from)?;
+        Ok(store)
+    }
+
+    /// Connects to a database to look into it, and leaves nothing behind.
+    pub async fn inspect(settings: MongoSettings) -> Result<Arc<Self>, ConnectError> {
         let options = options(&settings).await?;
         let name = settings.database.or_else(|| options.default_database.clone());
         let name = name.unwrap_or_else(|| DEFAULT_DATABASE.to_owned());
@@ -157,10 +167,6 @@ impl MongoStore {
             failing: AtomicBool::new(false),
         };
         store.run(store.database.check()).await?;
-        // Building an index on a large collection may take longer than an operation.
-        let indexes =
-            tokio::time::timeout(limits::STORE_SCHEMA_TIMEOUT, store.database.ensure_indexes()).await;
-        indexes.map_err(|_| unavailable("the indexes were not made in time"))?.map_err(StoreError::from)?;
         Ok(Arc::new(store))
     }
 

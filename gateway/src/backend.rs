@@ -1,0 +1,86 @@
+//! Who does the work behind the API: the worker of this process, or a fleet of them. Nothing else in this
+//! crate knows which.
+
+use std::{sync::Arc, thread::available_parallelism, time::Duration};
+
+use mcp_shared::{
+    config::Settings,
+    fleet::{NodeReport, Role},
+    ids::WorkerId,
+    node::{self, NodeError},
+    timestamp::Timestamp,
+    vault::Vault,
+    worker_api::WorkerApi,
+};
+use mcp_worker::{Worker, supervisor};
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+use crate::cluster::{self, Cluster};
+
+/// How long the last messages may take to leave.
+const LAST_MESSAGES: Duration = Duration::from_secs(1);
+
+/// The one or the other.
+pub enum Backend {
+    /// The worker of this process.
+    Here(Arc<Worker>),
+    /// Workers behind the bus.
+    Fleet(Cluster),
+}
+
+impl Backend {
+    /// Opens what the settings name.
+    pub async fn open(
+        settings: &Settings,
+        vault: &Vault,
+        me: &NodeReport,
+        stop: &CancellationToken,
+    ) -> Result<Self, NodeError> {
+        match &settings.bus {
+            None => Ok(Backend::Here(
+                Worker::open(vault.clone(), supervisor::this_program(), Boot::Everything).await?,
+            )),
+            Some(bus) => {
+                let connect = async || cluster::connect(bus, me).await;
+                node::patiently(settings, stop, connect).await.map(Backend::Fleet)
+            }
+        }
+    }
+
+    /// Who takes calls.
+    pub fn worker(&self) -> Arc<dyn WorkerApi> {
+        match self {
+            Backend::Here(worker) => Arc::clone(worker) as Arc<dyn WorkerApi>,
+            Backend::Fleet(cluster) => Arc::clone(&cluster.worker),
+        }
+    }
+
+    /// Ends it: calls of a worker in this process have until `drain` is over.
+    pub async fn shutdown(self, drain: Duration) {
+        match self {
+            Backend::Here(worker) => worker.shutdown(drain).await,
+            Backend::Fleet(cluster) => {
+                if timeout(LAST_MESSAGES, cluster.close()).await.is_err() {
+                    tracing::warn!("the last messages could not be sent");
+                }
+            }
+        }
+    }
+}
+
+/// What this gateway says of itself.
+pub fn myself(vault: &Vault) -> NodeReport {
+    NodeReport {
+        id: WorkerId::from_stored(format!("g-{}", uuid::Uuid::now_v7().simple())),
+        role: Role::Gateway,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        started: Timestamp::now(),
+        wire: (1, 1),
+        keys: vault.crypter().ring().kids().map(str::to_owned).collect(),
+        capacity: available_parallelism().map_or(1, |count| u32::try_from(count.get()).unwrap_or(u32::MAX)),
+        draining: false,
+        servers: Vec::new(),
+        per_user: Vec::new(),
+    }
+}

@@ -1,0 +1,47 @@
+//! The gateway's side of the bus: the one place where this crate meets `mcp_nats`.
+
+use std::sync::Arc;
+
+use mcp_nats::{
+    bus::Bus,
+    connect::OpenError,
+    router::{Describe, Router},
+};
+use mcp_shared::{config::BusSettings, fleet::NodeReport, node::NodeError, worker_api::WorkerApi};
+use tokio::sync::Notify;
+
+/// The workers of a fleet, as one.
+pub struct Cluster {
+    /// They do the work.
+    pub worker: Arc<dyn WorkerApi>,
+    router: Router,
+}
+
+impl Cluster {
+    /// Says goodbye, sends what is left to be sent and disconnects.
+    pub async fn close(self) {
+        self.router.leave().await;
+    }
+}
+
+/// Connects to the bus and logs in, once; whoever starts the program is patient with it. `me` is what the
+/// fleet is told of this gateway.
+pub async fn connect(settings: &BusSettings, me: &NodeReport) -> Result<Cluster, NodeError> {
+    let bus = Bus::open(settings, me.id.clone()).await.map_err(|error| unusable(settings, error))?;
+    let describe: Describe = {
+        let me = me.clone();
+        Arc::new(move || me.clone())
+    };
+    let joined = Router::join(bus, describe, Arc::new(Notify::new())).await;
+    let router = joined.map_err(|error| unusable(settings, OpenError::Unreachable(error.to_string())))?;
+    router.register("mcp-gateway").await;
+    Ok(Cluster { worker: Arc::new(router.clone()), router })
+}
+
+fn unusable(settings: &BusSettings, error: OpenError) -> NodeError {
+    let servers = settings.shown();
+    match error {
+        OpenError::Unreachable(cause) => NodeError::BusUnreachable { servers, cause },
+        OpenError::Unfit(cause) => NodeError::BusUnfit { servers, cause },
+    }
+}

@@ -1,0 +1,31 @@
+//! `/fleet`.
+
+use std::sync::Arc;
+
+use axum::{extract::State, response::Response};
+use http::StatusCode;
+use mcp_shared::fleet::{Fleet, NodeView};
+use serde::Serialize;
+
+use crate::{
+    app::App,
+    problem::{Problem, json_response},
+};
+
+#[derive(Serialize)]
+struct Answer {
+    success: bool,
+    #[serde(flatten)]
+    fleet: Fleet,
+}
+
+/// `GET /fleet`: the nodes that are heard, this one among them.
+pub async fn get(State(app): State<Arc<App>>) -> Result<Response, Problem> {
+    let mut fleet = app.worker.fleet().await?;
+    // A worker in the same process knows of no gateways, and a gateway that is just starting has not heard
+    // itself yet.
+    if !fleet.gateways.iter().any(|gateway| gateway.report.id == app.me.id) {
+        fleet.gateways.push(NodeView::of_myself(app.me.clone()));
+    }
+    Ok(json_response(StatusCode::OK, &Answer { success: true, fleet }))
+}

@@ -1,0 +1,111 @@
+//! What every program of ours does the same way: read its settings, start logging, stop at a signal, and
+//! say by its exit status whether starting it again could help.
+
+use std::{io::Write, path::PathBuf, process::ExitCode};
+
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    config::{self, Settings},
+    telemetry,
+};
+
+/// The exit status for settings that no restart mends (`EX_CONFIG` of sysexits.h).
+pub const EX_CONFIG: u8 = 78;
+/// The exit status for something that may pass, such as a data folder that is in use (`EX_TEMPFAIL`).
+pub const EX_TEMPFAIL: u8 = 75;
+
+/// Reads the settings, starts logging and a runtime, and runs `main` in it. `program` is the name that
+/// complaints begin with.
+pub fn run(
+    program: &str,
+    env_file: Option<PathBuf>,
+    main: impl AsyncFnOnce(&Settings) -> ExitCode,
+) -> ExitCode {
+    let env_file = config::env_file(env_file);
+    let settings = match Settings::load(config::process_environment(), env_file.as_deref()) {
+        Ok(settings) => settings,
+        Err(errors) => {
+            complain(&format!("{program} cannot start with these settings:\n{errors}"));
+            return ExitCode::from(EX_CONFIG);
+        }
+    };
+    if let Err(error) = telemetry::init(settings.log_format, settings.debug, settings.log_filter.as_deref()) {
+        complain(&error.to_string());
+        return ExitCode::FAILURE;
+    }
+    match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime.block_on(main(&settings)),
+        Err(error) => {
+            complain(&format!("the runtime did not start: {error}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// What a program that serves does first: it logs what is odd about its settings, and listens for signals.
+/// The token is cancelled by the first signal, which asks for a stop in order; a second one ends the program
+/// at once. `Err` is the exit status.
+pub fn begin(settings: &Settings) -> Result<CancellationToken, ExitCode> {
+    for warning in &settings.warnings {
+        tracing::warn!("{warning}");
+    }
+    for name in settings.later.keys() {
+        tracing::warn!("{name} is set, but this version does not use it");
+    }
+    let stop = CancellationToken::new();
+    match stop_on_signals(stop.clone()) {
+        Ok(()) => Ok(stop),
+        Err(error) => {
+            complain(&format!("signals cannot be received: {error}"));
+            Err(ExitCode::FAILURE)
+        }
+    }
+}
+
+fn stop_on_signals(stop: CancellationToken) -> std::io::Result<()> {
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    tokio::spawn(async move {
+        for name in ["stopping", "stopping at once"] {
+            tokio::select! {
+                _ = interrupt.recv() => {}
+                _ = terminate.recv() => {}
+            }
+            tracing::info!("{name}");
+            if stop.is_cancelled() {
+                // The supervisor ends the servers when this process is gone.
+                std::process::exit(130);
+            }
+            stop.cancel();
+        }
+    });
+    Ok(())
+}
+
+/// `host:port` as a socket address is written.
+pub fn address(host: &config::ListenHost, port: u16) -> String {
+    let host = host.to_string();
+    if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
+}
+
+/// Tells the person who started the program why it ends.
+pub fn complain(text: &str) {
+    let _ = writeln!(std::io::stderr(), "{text}");
+}
+
+/// An error with its causes, in one line.
+pub fn explain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        source = cause.source();
+    }
+    text
+}
