@@ -1,7 +1,7 @@
 //! Which store, and how MongoDB is reached and logged in to, as mcp-api has it.
 
-use mongodb::options::{ClientOptions, ConnectionString, Credential, HostInfo, ServerAddress};
-use secrecy::{ExposeSecret, SecretString};
+use mongodb::options::{ConnectionString, HostInfo, ServerAddress};
+use secrecy::SecretString;
 
 use super::{Reader, parse};
 use crate::error::shorten;
