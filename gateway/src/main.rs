@@ -20,7 +20,7 @@ use mcp_shared::{
     telemetry,
     worker_api::WorkerApi,
 };
-use mcp_worker::{Worker, supervisor};
+use mcp_worker::{Boot, Worker, supervisor};
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
@@ -144,7 +144,7 @@ async fn start(
     changes: TaskTracker,
 ) -> Result<(Arc<Worker>, axum::Router), node::NodeError> {
     let vault = node::open(settings).await?;
-    let worker = Worker::open(vault.clone(), supervisor::this_program()).await?;
+    let worker = Worker::open(vault.clone(), supervisor::this_program(), Boot::Everything).await?;
     let app = app::App {
         vault,
         worker: Arc::clone(&worker) as Arc<dyn WorkerApi>,

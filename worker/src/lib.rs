@@ -3,7 +3,9 @@
 mod call;
 mod group;
 mod host;
+mod hosting;
 mod instance;
+mod leases;
 mod logs;
 mod mcp;
 mod registry;
@@ -12,4 +14,5 @@ pub mod supervisor;
 mod transport;
 mod worker;
 
+pub use host::Boot;
 pub use worker::Worker;
