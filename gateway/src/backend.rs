@@ -12,7 +12,7 @@ use mcp_shared::{
     vault::Vault,
     worker_api::WorkerApi,
 };
-use mcp_worker::{Worker, supervisor};
+use mcp_worker::{Boot, Worker, supervisor};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
@@ -76,7 +76,7 @@ pub fn myself(vault: &Vault) -> NodeReport {
         role: Role::Gateway,
         version: env!("CARGO_PKG_VERSION").to_owned(),
         started: Timestamp::now(),
-        wire: (1, 1),
+        wire: mcp_nats::wire::VERSIONS,
         keys: vault.crypter().ring().kids().map(str::to_owned).collect(),
         capacity: available_parallelism().map_or(1, |count| u32::try_from(count.get()).unwrap_or(u32::MAX)),
         draining: false,

@@ -8,7 +8,7 @@ use mcp_nats::{
     router::{Describe, Router},
 };
 use mcp_shared::{config::BusSettings, fleet::NodeReport, node::NodeError, worker_api::WorkerApi};
-use tokio::sync::Notify;
+use tokio::sync::watch;
 
 /// The workers of a fleet, as one.
 pub struct Cluster {
@@ -32,8 +32,8 @@ pub async fn connect(settings: &BusSettings, me: &NodeReport) -> Result<Cluster,
         let me = me.clone();
         Arc::new(move || me.clone())
     };
-    let joined = Router::join(bus, describe, Arc::new(Notify::new())).await;
-    let router = joined.map_err(|error| unusable(settings, OpenError::Unreachable(error.to_string())))?;
+    let joined = Router::join(bus, describe, watch::channel(()).1).await;
+    let router = joined.map_err(|error| unusable(settings, error))?;
     router.register("mcp-gateway").await;
     Ok(Cluster { worker: Arc::new(router.clone()), router })
 }

@@ -23,6 +23,12 @@ pub enum OpenError {
     Unfit(String),
 }
 
+impl From<async_nats::SubscribeError> for OpenError {
+    fn from(error: async_nats::SubscribeError) -> Self {
+        OpenError::Unreachable(error.to_string())
+    }
+}
+
 impl Bus {
     /// Connects a node, once, and looks whether the server may be used.
     pub async fn open(settings: &BusSettings, node: WorkerId) -> Result<Self, OpenError> {

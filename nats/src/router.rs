@@ -20,13 +20,14 @@ use mcp_shared::{
     limits,
     worker_api::{CallContext, CallStream, Change, ServerReport, ToolCall, WorkerApi},
 };
-use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
+use tokio::sync::{Notify, Semaphore, mpsc, oneshot, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use self::{calls::Call, questions::Heard};
 use crate::{
     bus::Bus,
     caller::{Now, bus_unavailable, no_worker},
+    connect::OpenError,
     fleet::FleetView,
     wire::CallId,
 };
@@ -36,7 +37,7 @@ mod calls;
 mod changes;
 mod questions;
 mod replies;
-mod watch;
+mod upkeep;
 
 /// Calls that one router looks after at once.
 const OPEN_CALLS: usize = 16_384;
@@ -59,8 +60,8 @@ pub struct Router {
 struct Inner {
     bus: Bus,
     describe: Describe,
-    /// This node has something new to say.
-    changed: Arc<Notify>,
+    /// Somebody new wants to hear what this node is.
+    asked: Notify,
     fleet: RwLock<FleetView>,
     /// Attempts under way, by their ids.
     attempts: Mutex<HashMap<CallId, Arc<Call>>>,
@@ -106,14 +107,10 @@ impl Ids {
 impl Router {
     /// Joins the fleet: listens, introduces this node, and waits until the others had time to answer.
     /// `changed` makes it say at once what `describe` says then.
-    pub async fn join(
-        bus: Bus,
-        describe: Describe,
-        changed: Arc<Notify>,
-    ) -> Result<Self, async_nats::SubscribeError> {
+    pub async fn join(bus: Bus, describe: Describe, changed: watch::Receiver<()>) -> Result<Self, OpenError> {
         let inner = Arc::new(Inner {
             describe,
-            changed,
+            asked: Notify::new(),
             fleet: RwLock::default(),
             attempts: Mutex::default(),
             open: Mutex::default(),
@@ -137,7 +134,7 @@ impl Router {
         inner.tasks.spawn(Arc::clone(&inner).listen(replies));
         inner.tasks.spawn(Arc::clone(&inner).hear_beats(beats));
         inner.tasks.spawn(Arc::clone(&inner).watch());
-        inner.tasks.spawn(Arc::clone(&inner).beat());
+        inner.tasks.spawn(Arc::clone(&inner).beat(changed));
         tokio::time::sleep(INTRODUCTION).await;
         Ok(Self { inner })
     }

@@ -30,6 +30,7 @@ use crate::{
     bus::Bus,
     callee::{Desk, Freshness, GivenUp, OnGo, OnOffer, Reply},
     caller::{Now, no_worker},
+    connect::OpenError,
     frames::{Assembled, Assembly, WINDOW},
     router::Router,
     wire::{self, CallId, Frame, Offer, ToRouter, ToWorker},
@@ -86,7 +87,6 @@ struct Table {
 
 /// A call that is not over.
 struct Live {
-    reply: Subject,
     limit: Duration,
     cancelled: CancellationToken,
     arguments: Option<oneshot::Sender<RawJson>>,
@@ -98,11 +98,7 @@ struct Live {
 impl Server {
     /// Begins to serve: subscribes, lets the fleet know, reads what is stored, and takes calls from then
     /// on. `router` is this worker's own way to the fleet.
-    pub async fn start(
-        bus: Bus,
-        host: Arc<dyn Hosting>,
-        router: Router,
-    ) -> Result<Self, async_nats::SubscribeError> {
+    pub async fn start(bus: Bus, host: Arc<dyn Hosting>, router: Router) -> Result<Self, OpenError> {
         let subscriber = bus.client().subscribe(bus.subjects().worker_all(bus.node())).await?;
         let inner = Arc::new(Inner {
             desk: Mutex::default(),
@@ -238,7 +234,6 @@ impl Inner {
                         let cancelled = CancellationToken::new();
                         let credit = Arc::new(Semaphore::new(usize::try_from(WINDOW).unwrap_or(1)));
                         let live = Live {
-                            reply: reply.clone(),
                             limit: Duration::ZERO,
                             cancelled: cancelled.clone(),
                             arguments: Some(arguments),

@@ -66,7 +66,8 @@ pub struct ServerLoad {
     pub in_flight: usize,
     /// Calls that wait for one.
     pub waiting: usize,
-    /// How long the call that got the last slot, or that waits longest, has waited, in milliseconds.
+    /// How long the call that waits longest for a slot has waited, in milliseconds; when none waits, how
+    /// long the last one had to that got its slot within the last second.
     pub wait_ms: u64,
     /// Since when it is owned, by the worker's clock.
     pub since: Timestamp,

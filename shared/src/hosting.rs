@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 
 use crate::{
-    error::{Outcome, WorkerError},
+    error::{ErrorCode, Outcome, WorkerError},
     fleet::NodeReport,
     ids::{ServerName, ToolName, WorkerId},
     json::RawJson,
@@ -68,7 +68,6 @@ pub enum Refusal {
 impl Refusal {
     /// What a caller is told who can ask nobody else.
     pub fn into_error(self) -> WorkerError {
-        use crate::error::ErrorCode;
         let second = Duration::from_secs(1);
         match self {
             Refusal::Busy { error } | Refusal::Error { error } => error,
@@ -116,7 +115,12 @@ impl Reservation {
             return Ok(());
         }
         let ended = std::future::poll_fn(|context| self.stream.poll_end(context)).await;
-        Err(Refusal::Error { error: ended.or_outcome(Outcome::NotStarted) })
+        let error = ended.or_outcome(Outcome::NotStarted);
+        // What this worker lost between admission and slot, or never had, another may have.
+        Err(match error.code {
+            ErrorCode::NoWorker | ErrorCode::Overloaded | ErrorCode::ShuttingDown => Refusal::Busy { error },
+            _ => Refusal::Error { error },
+        })
     }
 
     /// Starts the call with its arguments, a JSON object. It may be called before a slot is held.
@@ -131,27 +135,34 @@ impl Reservation {
 #[async_trait]
 pub trait Hosting: WorkerApi {
     /// Admits a call, or says at once why not. It returns without waiting, except where a lease has to
-    /// be looked up in the store.
+    /// be looked up in the store; with [`Placing::TakeOver`] it waits until the lease has run out, within
+    /// the call's time. The call's time counts from here.
     async fn reserve(&self, context: CallContext, offer: CallOffer) -> Result<Reservation, Refusal>;
 
     /// What this worker says of itself.
     fn describe(&self) -> NodeReport;
 
     /// Becomes the owner of an enabled server and starts it, without waiting for it. Nothing happens if
-    /// a lease says that another worker owns it.
+    /// a lease says that another worker owns it, unless that one turns out to be lost. A server whose
+    /// users have processes of their own has no owner as a whole: nothing happens.
     async fn place(&self, server: &ServerName) -> Result<(), WorkerError>;
 
     /// Gives up a server that other workers own as well, if no call is in flight or waiting; says
-    /// whether it did.
+    /// whether it did. What a lease covers is never owned by others as well, and stays.
     async fn give_up(&self, server: &ServerName) -> bool;
 
     /// The enabled servers of the store that run whether or not somebody calls, as this worker knows
-    /// them, and whether it owns them.
+    /// them, and whether it owns them. Servers with an `idleTimeout` are not among them: nobody could
+    /// tell one that sleeps from one whose worker was lost.
     fn wanted(&self) -> Vec<(ServerName, bool)>;
 
     /// Reads everything again: this worker may have missed changes.
     async fn resync(&self) -> Result<(), WorkerError>;
 
-    /// Takes no more calls from now on.
+    /// Takes no more calls from now on, and gives back the leases of what no call uses any more.
     fn drain(&self);
+
+    /// Tells when what [`Hosting::describe`] says of ownership, status or draining may have changed.
+    /// (Counts and waits change with every call and are not told.)
+    fn changed(&self) -> watch::Receiver<()>;
 }

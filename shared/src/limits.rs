@@ -86,6 +86,24 @@ table! {
     STORE_SELECTION_TIMEOUT: Duration = Duration::from_secs(2);
     /// How long making the indexes of a MongoDB database may take at a start.
     STORE_SCHEMA_TIMEOUT: Duration = Duration::from_secs(120);
+    /// How often a worker of a cluster shows in the store that it lives.
+    LEASE_RENEWAL: Duration = Duration::from_secs(1);
+    /// A worker accepts calls of servers that may run only once for this long after the start of the
+    /// last renewal that succeeded.
+    LEASE_VALID: Duration = Duration::from_millis(2_500);
+    /// A worker that could not renew for this long ends the processes of such servers.
+    LEASE_RETIREMENT: Duration = Duration::from_secs(4);
+    /// A worker whose lease another one has seen unchanged for this long, by its own clock, is lost: what
+    /// it ran may be taken. It must be longer than `LEASE_VALID` by more than clocks may drift.
+    LEASE_TAKEOVER: Duration = Duration::from_secs(4);
+    /// How often a lease is looked at that may have to be taken over.
+    LEASE_WATCH: Duration = Duration::from_millis(400);
+    /// How long the store may take for one operation on a lease.
+    LEASE_STORE_TIMEOUT: Duration = Duration::from_secs(2);
+    /// Workers whose leases are remembered as last seen.
+    LEASE_SIGHTINGS: usize = 1_024;
+    /// For how long after it was granted a slot counts as the wait that routers see.
+    SLOT_WAIT_SHOWN: Duration = Duration::from_secs(1);
     /// How long a client may take to send the head of a request.
     HEADER_TIMEOUT: Duration = Duration::from_secs(10);
     /// How long a client may take to send the body of a request.

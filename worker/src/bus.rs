@@ -35,10 +35,10 @@ impl Bus {
             let host = Arc::clone(&host);
             Arc::new(move || host.describe())
         };
-        let lost =
-            |error: async_nats::SubscribeError| unusable(settings, OpenError::Unreachable(error.to_string()));
-        let router = Router::join(bus.clone(), describe, host.changed()).await.map_err(lost)?;
-        let server = Arc::new(Server::start(bus, host, router.clone()).await.map_err(lost)?);
+        let router = Router::join(bus.clone(), describe, host.changed()).await;
+        let router = router.map_err(|error| unusable(settings, error))?;
+        let server = Server::start(bus, host, router.clone()).await;
+        let server = Arc::new(server.map_err(|error| unusable(settings, error))?);
         Ok(Self { router, server })
     }
 

@@ -7,13 +7,14 @@ use std::{
 
 use mcp_shared::{
     error::{ErrorCode, Outcome, WorkerError},
+    hosting::CallOffer,
     ids::UserId,
     json::RawJson,
     limits,
-    worker_api::{CallEvent, ToolCall},
+    worker_api::CallEvent,
 };
 use tokio::{
-    sync::mpsc,
+    sync::{mpsc, oneshot},
     time::{Instant, timeout, timeout_at},
 };
 use tokio_util::sync::CancellationToken;
@@ -22,6 +23,7 @@ use zeroize::Zeroizing;
 use crate::{
     group::{Group, NoSlot, current},
     host::Host,
+    leases::no_worker,
     logs::Known,
     registry::Entry,
     secrets,
@@ -40,7 +42,7 @@ pub struct Call {
     /// Whose secrets apply.
     pub user: UserId,
     /// What is called.
-    pub request: ToolCall,
+    pub offer: CallOffer,
     /// When it must be over.
     pub deadline: Instant,
     /// The time that it was given, for messages.
@@ -51,13 +53,22 @@ pub struct Call {
     pub events: mpsc::Sender<CallEvent>,
 }
 
+/// What a call still waits for when it has a slot.
+pub struct Go {
+    /// Hears of the first slot.
+    pub held: Option<oneshot::Sender<()>>,
+    /// What comes then.
+    pub arguments: oneshot::Receiver<RawJson>,
+}
+
 impl Call {
     /// Runs the call to its end. Whatever the server still does with a call that was given up is
     /// looked after by another task, which keeps the slot until then.
-    pub async fn run(self) -> Result<RawJson, WorkerError> {
+    pub async fn run(self, mut go: Go) -> Result<RawJson, WorkerError> {
         let mut attempts = 0;
+        let mut arguments = None;
         loop {
-            match self.attempt().await {
+            match self.attempt(&mut go, &mut arguments).await {
                 Ok(result) => return Ok(result),
                 Err(Attempt::Failed(error)) => return Err(error),
                 // The process was gone before it saw the call.
@@ -67,7 +78,11 @@ impl Call {
                         return Err(self.crashed(Outcome::NotStarted));
                     }
                 }
-                // It is being replaced: the call waits, and goes to the new one.
+                // It is being replaced: the call waits, and goes to the new one. In a cluster, what
+                // leaves with its worker comes up elsewhere.
+                Err(Attempt::Replaced) if self.host.leases.is_some() && self.host.draining.is_cancelled() => {
+                    return Err(stopping());
+                }
                 Err(Attempt::Replaced) => {
                     let settled = tokio::select! {
                         settled = timeout_at(self.deadline, self.entry.settled()) => settled.is_ok(),
@@ -81,22 +96,33 @@ impl Call {
         }
     }
 
-    async fn attempt(&self) -> Result<RawJson, Attempt> {
+    async fn attempt(&self, go: &mut Go, given: &mut Option<RawJson>) -> Result<RawJson, Attempt> {
         let group = self.entry.group(&self.user, &self.host)?;
         let slot = tokio::select! {
             slot = group.slot(self.deadline) => slot.map_err(|no_slot| match no_slot {
                 NoSlot::Retired => Attempt::Replaced,
+                NoSlot::Denied(denied) => Attempt::Failed(denied.into_error()),
                 NoSlot::Error(error) => Attempt::Failed(error),
             })?,
             () = self.cancelled.cancelled() => return Err(cancelled(Outcome::NotStarted).into()),
         };
+        self.check_lease(&group)?;
+        if let Some(held) = go.held.take() {
+            // Who does not care for the slot has sent the arguments already.
+            let _ = held.send(());
+        }
+        let arguments = match given {
+            Some(arguments) => arguments,
+            None => given.insert(self.wait_for_arguments(go).await?),
+        };
         let instance = Arc::clone(&slot.instance);
         let busy = Busy::new(&group, &slot.instance);
         let prepared = async {
-            let Arguments { merged, known } = self.arguments(&group).await?;
-            let arguments = merged.as_deref().map_or(self.request.arguments.as_bytes(), Vec::as_slice);
-            let progress = self.request.progress.then(|| self.events.clone());
-            let tool = self.request.tool.as_str();
+            let Arguments { merged, known } = self.with_secrets(arguments, &group).await?;
+            let arguments = merged.as_deref().map_or(arguments.as_bytes(), Vec::as_slice);
+            let progress = self.offer.progress.then(|| self.events.clone());
+            let tool = self.offer.tool.as_str();
+            self.check_lease(&group)?;
             let begun = instance.connection.call_tool(tool, arguments, merged.is_some(), progress).await;
             begun.map(|in_flight| (in_flight, known)).map_err(|_| Attempt::Again)
         };
@@ -131,8 +157,33 @@ impl Call {
         .into())
     }
 
+    /// Waits, with a slot, for what the call is to be started with. Nothing was started when it never
+    /// comes.
+    async fn wait_for_arguments(&self, go: &mut Go) -> Result<RawJson, WorkerError> {
+        if let Ok(arguments) = go.arguments.try_recv() {
+            return Ok(arguments);
+        }
+        tokio::select! {
+            arguments = timeout_at(self.deadline, &mut go.arguments) => match arguments {
+                Ok(Ok(arguments)) => Ok(arguments),
+                Ok(Err(_)) => Err(cancelled(Outcome::NotStarted)),
+                Err(_) => Err(self.late(Outcome::NotStarted)),
+            },
+            () = self.cancelled.cancelled() => Err(cancelled(Outcome::NotStarted)),
+        }
+    }
+
+    /// What may run only once takes calls only while this worker is known to be the one that runs it.
+    fn check_lease(&self, group: &Group) -> Result<(), WorkerError> {
+        if group.may_run() {
+            return Ok(());
+        }
+        Err(self
+            .named(no_worker("This worker is not sure any more that it is the only one to run the server")))
+    }
+
     /// The arguments with the user's secrets, and the guard that keeps these out of logs.
-    async fn arguments(&self, group: &Arc<Group>) -> Result<Arguments, WorkerError> {
+    async fn with_secrets(&self, arguments: &RawJson, group: &Arc<Group>) -> Result<Arguments, WorkerError> {
         let record = current(&self.entry.record);
         let secrets = self
             .host
@@ -143,7 +194,7 @@ impl Call {
         if secrets.is_empty() {
             return Ok(Arguments { merged: None, known: None });
         }
-        let merged = secrets::merge(&self.request.arguments, &secrets).map_err(|_| {
+        let merged = secrets::merge(arguments, &secrets).map_err(|_| {
             WorkerError::new(ErrorCode::InvalidRequest, "args must be a JSON object")
                 .outcome(Outcome::NotStarted)
         })?;
@@ -227,6 +278,13 @@ impl From<WorkerError> for Attempt {
     fn from(error: WorkerError) -> Self {
         Self::Failed(error)
     }
+}
+
+/// The end of a call that was not started before its worker began to stop.
+pub fn stopping() -> WorkerError {
+    WorkerError::new(ErrorCode::ShuttingDown, "This worker is stopping")
+        .outcome(Outcome::NotStarted)
+        .retry_after(Duration::from_secs(1))
 }
 
 fn cancelled(outcome: Outcome) -> WorkerError {

@@ -1,21 +1,40 @@
 //! What all parts of one worker share.
 
-use std::path::PathBuf;
+use std::{
+    hash::{DefaultHasher, Hash, Hasher},
+    path::PathBuf,
+    sync::Arc,
+};
 
 use mcp_shared::{
     ids::{SecretName, UserId, WorkerId},
-    server::ServerRecord,
+    server::{Isolation, Scaling, ServerRecord},
+    store::SealedSecret,
     vault::Vault,
 };
 use secrecy::{ExposeSecret, SecretString};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use zeroize::Zeroizing;
 
-use crate::{secrets::SecretCache, supervisor::Supervisor};
+use crate::{
+    leases::{Hold, Leases},
+    secrets::SecretCache,
+    supervisor::Supervisor,
+};
 
 /// Servers that are started side by side in the background: at boot, and after failures.
 const BACKGROUND_STARTS: usize = 8;
+
+/// What a worker starts by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Boot {
+    /// Every enabled server, at once: there is no other worker.
+    Everything,
+    /// Nothing: in a cluster, servers are placed here or taken. What may run only once runs under a
+    /// lease in the store.
+    OnDemand,
+}
 
 /// One worker's means.
 pub struct Host {
@@ -29,8 +48,14 @@ pub struct Host {
     pub supervisor: Supervisor,
     /// Every task of this worker.
     pub tasks: TaskTracker,
-    /// Set when the worker stops.
+    /// Set when the worker takes no more calls.
+    pub draining: CancellationToken,
+    /// Set when the worker stops, whatever is still in flight.
     pub stopping: CancellationToken,
+    /// What may run here and only here; `None` on a single node, where everything may.
+    pub leases: Option<Arc<Leases>>,
+    /// Tells that ownership, status or draining may have changed.
+    pub changed: watch::Sender<()>,
     /// Bounds starts that nobody waits for.
     pub background_starts: Semaphore,
 }
@@ -44,20 +69,40 @@ pub struct SecretEnv {
     pub values: Vec<SecretString>,
     /// Names of secrets that the user has not set. Whether it can do without is the server's business.
     pub missing: Vec<String>,
+    /// Changes when any of the secrets is set or deleted.
+    pub fingerprint: u64,
 }
 
 impl Host {
     /// A worker's means. `executable` can be run as a supervisor.
-    pub fn new(vault: Vault, executable: PathBuf) -> Self {
+    pub fn new(vault: Vault, executable: PathBuf, boot: Boot) -> Self {
+        let worker_id = WorkerId::generate();
+        let tasks = TaskTracker::new();
+        let leases = (boot == Boot::OnDemand)
+            .then(|| Leases::new(Arc::clone(vault.store()), worker_id.clone(), tasks.clone()));
         Self {
-            worker_id: WorkerId::generate(),
+            worker_id,
             secrets: SecretCache::new(vault.clone()),
             vault,
             supervisor: Supervisor::new(executable),
-            tasks: TaskTracker::new(),
+            tasks,
+            draining: CancellationToken::new(),
             stopping: CancellationToken::new(),
+            leases,
+            changed: watch::Sender::new(()),
             background_starts: Semaphore::new(BACKGROUND_STARTS),
         }
+    }
+
+    /// What is to be asked before a group of processes runs; `None`: nothing.
+    pub fn hold(&self, record: &ServerRecord, user: Option<&UserId>) -> Option<Hold> {
+        let once = record.isolation == Isolation::PerUser || record.scaling == Scaling::Singleton;
+        self.leases.as_ref().filter(|_| once).map(|leases| leases.hold(&record.name, user))
+    }
+
+    /// To be called when ownership, status or draining may have changed.
+    pub fn note_change(&self) {
+        self.changed.send_replace(());
     }
 
     /// The secrets that the record's `secretEnv` puts into the environment of a user's own process,
@@ -73,6 +118,7 @@ impl Host {
             tracing::error!(server = %record.name, error.cause = %error, "secrets cannot be read");
             "the user's secrets cannot be read".to_owned()
         })?;
+        env.fingerprint = fingerprint(record, &stored);
         for (variable, name) in &record.secret_env {
             let Some(sealed) = stored.iter().find(|secret| secret.secret_name == *name) else {
                 env.missing.push(name.to_string());
@@ -84,6 +130,17 @@ impl Host {
         }
         Ok(env)
     }
+}
+
+/// Tells secrets of a process's environment from others, as they are stored: a value that is set again is
+/// encrypted anew.
+pub fn fingerprint(record: &ServerRecord, stored: &[SealedSecret]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    for name in record.secret_env.values() {
+        let sealed = stored.iter().find(|secret| secret.secret_name == *name);
+        (name, sealed.map(|secret| &secret.value)).hash(&mut hasher);
+    }
+    hasher.finish()
 }
 
 fn integrity(name: &SecretName, error: &impl std::fmt::Display) -> String {

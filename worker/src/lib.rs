@@ -5,7 +5,9 @@ mod call;
 mod group;
 pub mod health;
 mod host;
+mod hosting;
 mod instance;
+mod leases;
 mod logs;
 mod mcp;
 pub mod program;
@@ -15,4 +17,5 @@ pub mod supervisor;
 mod transport;
 mod worker;
 
+pub use host::Boot;
 pub use worker::Worker;

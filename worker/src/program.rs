@@ -16,6 +16,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    Boot,
     bus::{self, Bus},
     health::{self, Health},
     supervisor,

@@ -3,6 +3,7 @@
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak},
+    time::Duration,
 };
 
 use mcp_shared::{
@@ -10,8 +11,9 @@ use mcp_shared::{
     ids::{SecretName, ServerName, UserId},
     json::RawJson,
     limits,
-    server::{Isolation, ServerRecord},
+    server::{Isolation, Scaling, ServerRecord},
     store::StoredTools,
+    timestamp::Timestamp,
     worker_api::{ServerReport, ServerStatus},
 };
 
@@ -21,6 +23,8 @@ use crate::{
     logs::Log,
 };
 
+mod owning;
+
 /// One server.
 pub struct Entry {
     /// Its name.
@@ -28,11 +32,17 @@ pub struct Entry {
     /// Its record, replaced when it changes.
     pub record: Arc<CurrentRecord>,
     groups: Mutex<Groups>,
-    /// What everybody sees as its tools.
-    tools: Mutex<Option<RawJson>>,
+    listing: Mutex<Listing>,
     log: Arc<Log>,
     /// Held while processes are replaced. Calls that find a retired group wait for it.
     changing: tokio::sync::Mutex<()>,
+}
+
+/// What everybody sees as a server's tools.
+struct Listing {
+    tools: Option<RawJson>,
+    /// When they were listed here; `None`: they are what the store had.
+    listed: Option<Timestamp>,
 }
 
 #[derive(Default)]
@@ -49,7 +59,7 @@ impl Entry {
             name: record.name.clone(),
             record: Arc::new(RwLock::new(Arc::new(record))),
             groups: Mutex::default(),
-            tools: Mutex::new(tools),
+            listing: Mutex::new(Listing { tools, listed: None }),
             log: Arc::default(),
             changing: tokio::sync::Mutex::new(()),
         })
@@ -80,7 +90,7 @@ impl Entry {
                     let text = format!("Server {} runs for as many users as it may", self.name);
                     return Err(WorkerError::new(ErrorCode::Overloaded, text)
                         .outcome(Outcome::NotStarted)
-                        .retry_after(std::time::Duration::from_secs(10)));
+                        .retry_after(Duration::from_secs(10)));
                 }
                 let group = self.new_group(Some(user.clone()), host);
                 groups.users.insert(user.clone(), Arc::clone(&group));
@@ -145,10 +155,19 @@ impl Entry {
             let _groups = self.groups();
             *self.record.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(new);
         }
+        let again = host.leases.is_none() || self.runs_shared();
         if !keep {
-            self.retire(|_| true).await;
+            let next = current(&self.record);
+            let again = again && next.enabled && next.isolation == Isolation::Shared;
+            let same_lease =
+                |group: &Group| again && group.user.is_none() && next.scaling == Scaling::Singleton;
+            self.retire(|_| true, limits::STOP_DRAIN, same_lease).await;
         }
-        self.want_running(host);
+        // In a cluster it may run elsewhere, or be placed by somebody who knows better.
+        if again {
+            self.want_running(host);
+        }
+        host.note_change();
         Ok(())
     }
 
@@ -165,12 +184,26 @@ impl Entry {
         }
     }
 
+    /// Ends all processes and starts again what runs whether or not somebody calls.
+    pub async fn restart(self: &Arc<Self>, host: &Arc<Host>) {
+        let (entry, means) = (Arc::clone(self), Arc::clone(host));
+        let restart = host.tasks.spawn(async move {
+            let _changing = entry.changing.lock().await;
+            let again = current(&entry.record).enabled;
+            entry.retire(|_| true, limits::STOP_DRAIN, |group| again && group.user.is_none()).await;
+            entry.want_running(&means);
+        });
+        if let Err(error) = restart.await {
+            tracing::error!(server = %self.name, error.cause = %error, "processes were not restarted in order");
+        }
+    }
+
     /// Ends all processes, or those of one user, to be started again by whoever wants them.
     pub async fn stop(self: &Arc<Self>, user: Option<UserId>, host: &Host) {
         let entry = Arc::clone(self);
         let stop = host.tasks.spawn(async move {
             let _changing = entry.changing.lock().await;
-            entry.retire(|group| user.is_none() || group.user == user).await;
+            entry.retire(|group| user.is_none() || group.user == user, limits::STOP_DRAIN, |_| false).await;
         });
         if let Err(error) = stop.await {
             tracing::error!(server = %self.name, error.cause = %error, "processes were not stopped in order");
@@ -190,19 +223,17 @@ impl Entry {
         // The best of those that run or should; what merely sleeps says nothing.
         let awake = statuses.into_iter().filter(|status| *status != ServerStatus::Disconnected);
         let status = awake.max().unwrap_or(ServerStatus::Disconnected);
-        ServerReport {
-            name: self.name.clone(),
-            status,
-            tools: lock(&self.tools).clone(),
-            logs: self.log.lines(),
-            instances,
-            listed: None,
-        }
+        let (tools, listed) = {
+            let listing = lock(&self.listing);
+            (listing.tools.clone(), listing.listed)
+        };
+        ServerReport { name: self.name.clone(), status, tools, logs: self.log.lines(), instances, listed }
     }
 
     /// Retires the groups that match. They stay in their place until their processes are gone, so that
-    /// nobody starts another beside one that may run only once.
-    async fn retire(&self, matches: impl Fn(&Group) -> bool) {
+    /// nobody starts another beside one that may run only once. Their leases go back unless `kept` says
+    /// that the next group of the name is about to be made.
+    async fn retire(&self, matches: impl Fn(&Group) -> bool, drain: Duration, kept: impl Fn(&Group) -> bool) {
         let retiring: Vec<_> = {
             let groups = self.groups();
             groups
@@ -213,7 +244,16 @@ impl Entry {
                 .cloned()
                 .collect()
         };
-        futures_util::future::join_all(retiring.iter().map(|group| group.retire())).await;
+        let retire = retiring.iter().map(|group| {
+            let kept = kept(group);
+            async move {
+                group.retire(drain).await;
+                if !kept {
+                    group.rest().await;
+                }
+            }
+        });
+        futures_util::future::join_all(retire).await;
         // Groups that were made meanwhile are of the new kind, and stay.
         let retired = |group: &Arc<Group>| retiring.iter().any(|one| Arc::ptr_eq(one, group));
         let mut groups = self.groups();
@@ -239,10 +279,13 @@ impl Entry {
     fn listed(&self, user: Option<&UserId>, tools: &RawJson, host: &Arc<Host>) {
         let mut keep = Vec::new();
         {
-            let mut shared = lock(&self.tools);
-            if (user.is_none() || shared.is_none()) && shared.as_ref() != Some(tools) {
-                *shared = Some(tools.clone());
-                keep.push(None);
+            let mut listing = lock(&self.listing);
+            if user.is_none() || listing.tools.is_none() {
+                listing.listed = Some(Timestamp::now());
+                if listing.tools.as_ref() != Some(tools) {
+                    listing.tools = Some(tools.clone());
+                    keep.push(None);
+                }
             }
         }
         if let Some(user) = user {

@@ -101,6 +101,14 @@ impl SecretCache {
         }
     }
 
+    /// Forgets everything.
+    pub fn forget_all(&self) {
+        for generation in &self.generations {
+            generation.fetch_add(1, Ordering::AcqRel);
+        }
+        self.entries().clear();
+    }
+
     async fn sealed(&self, user: &UserId, server: &ServerName) -> Result<Arc<[SealedSecret]>, WorkerError> {
         let key = (user.clone(), server.clone());
         if let Some(found) = self.entries().get(&key) {

@@ -10,48 +10,51 @@ use std::{
 use async_trait::async_trait;
 use mcp_shared::{
     error::{ErrorCode, Outcome, WorkerError},
-    fleet::Fleet,
+    fleet::{Fleet, NodeView},
+    hosting::{CallOffer, Hosting, Placing, Refusal, Reservation},
     ids::{ServerName, UserId, WorkerId},
     json::RawJson,
     limits,
     server::Isolation,
+    timestamp::Timestamp,
     vault::{Vault, VaultError},
     worker_api::{CallContext, CallEvent, CallStream, Change, ServerReport, ToolCall, WorkerApi},
 };
 use tokio::{
-    sync::mpsc,
+    sync::{mpsc, oneshot},
     time::{Instant, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    call::Call,
+    call::{Call, Go},
     group::{NoSlot, current},
-    host::Host,
+    host::{Boot, Host},
+    leases::Leases,
     registry::Entry,
 };
 
+/// The servers that a worker knows.
+type Entries = RwLock<HashMap<ServerName, Arc<Entry>>>;
+
 /// A worker in this process.
 pub struct Worker {
-    host: Arc<Host>,
-    entries: RwLock<HashMap<ServerName, Arc<Entry>>>,
+    pub(crate) host: Arc<Host>,
+    entries: Arc<Entries>,
     /// Calls in flight, which a stop waits for.
     calls: TaskTracker,
-    stopping: CancellationToken,
+    pub(crate) started: Timestamp,
+    /// The processors that it may use.
+    pub(crate) capacity: u32,
 }
 
 impl Worker {
-    /// Reads what is stored and begins to start every enabled server. `executable` is this program,
-    /// which runs again as the supervisor of the servers (see [`crate::supervisor`]).
-    pub async fn open(vault: Vault, executable: PathBuf) -> Result<Arc<Self>, VaultError> {
+    /// Reads what is stored and begins to start what `boot` says. `executable` is this program, which
+    /// runs again as the supervisor of the servers (see [`crate::supervisor`]).
+    pub async fn open(vault: Vault, executable: PathBuf, boot: Boot) -> Result<Arc<Self>, VaultError> {
         let servers = vault.servers().await?;
-        let mut listings: HashMap<ServerName, RawJson> = HashMap::new();
-        for stored in vault.tools().await? {
-            if let (None, Ok(tools)) = (stored.user, RawJson::parse(stored.tools)) {
-                listings.insert(stored.server, tools);
-            }
-        }
-        let host = Arc::new(Host::new(vault, executable));
+        let mut listings = stored_listings(&vault).await?;
+        let host = Arc::new(Host::new(vault, executable, boot));
         let entries: HashMap<_, _> = servers
             .into_iter()
             .map(|server| {
@@ -59,14 +62,26 @@ impl Worker {
                 (server.value.name.clone(), Entry::new(server.value, tools))
             })
             .collect();
-        for entry in entries.values() {
-            entry.want_running(&host);
+        if boot == Boot::Everything {
+            for entry in entries.values() {
+                entry.want_running(&host);
+            }
+        }
+        let entries = Arc::new(RwLock::new(entries));
+        if let Some(leases) = &host.leases {
+            // Where the store does not answer, the task below goes on trying.
+            leases.enter().await.unwrap_or_else(|error| {
+                tracing::warn!(error.cause = %error, "this worker cannot take its lease yet");
+            });
+            host.tasks.spawn(keep_leases(Arc::clone(leases), Arc::clone(&entries), Arc::clone(&host)));
         }
         Ok(Arc::new(Self {
             host,
-            entries: RwLock::new(entries),
+            entries,
             calls: TaskTracker::new(),
-            stopping: CancellationToken::new(),
+            started: Timestamp::now(),
+            capacity: std::thread::available_parallelism()
+                .map_or(1, |count| u32::try_from(count.get()).unwrap_or(u32::MAX)),
         }))
     }
 
@@ -78,7 +93,7 @@ impl Worker {
     /// Takes no more calls, lets those in flight finish within `drain`, and ends every process. When
     /// this returns no child is left.
     pub async fn shutdown(&self, drain: Duration) {
-        self.stopping.cancel();
+        self.begin_drain();
         self.calls.close();
         if timeout(drain, self.calls.wait()).await.is_err() {
             tracing::warn!(
@@ -87,23 +102,44 @@ impl Worker {
             );
         }
         self.host.stopping.cancel();
-        let entries: Vec<_> =
-            self.entries.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
+        let entries = self.entries();
         futures_util::future::join_all(entries.iter().map(|entry| entry.stop(None, &self.host))).await;
+        if let Some(leases) = &self.host.leases {
+            leases.close().await;
+        }
         self.host.tasks.close();
         if timeout(limits::STOP_DRAIN, self.host.tasks.wait()).await.is_err() {
             tracing::warn!(tasks = self.host.tasks.len(), "tasks were still running at the end");
         }
     }
 
-    fn entry(&self, server: &ServerName) -> Result<Arc<Entry>, WorkerError> {
+    /// Takes no more calls. What may run only once goes to other workers as soon as no call uses it.
+    pub(crate) fn begin_drain(&self) {
+        if self.host.draining.is_cancelled() {
+            return;
+        }
+        self.host.draining.cancel();
+        self.host.note_change();
+        if self.host.leases.is_some() {
+            for entry in self.entries() {
+                entry.hand_over(&self.host);
+            }
+        }
+    }
+
+    /// All servers that this worker knows.
+    pub(crate) fn entries(&self) -> Vec<Arc<Entry>> {
+        all(&self.entries)
+    }
+
+    pub(crate) fn entry(&self, server: &ServerName) -> Result<Arc<Entry>, WorkerError> {
         let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
         entries.get(server).cloned().ok_or_else(|| WorkerError::server_not_found(server))
     }
 
     /// Takes in that a server was added, changed or removed. Whatever else happens to the name
     /// meanwhile, what is stored when this returns is what runs.
-    async fn server_changed(&self, server: &ServerName) -> Result<(), WorkerError> {
+    pub(crate) async fn server_changed(&self, server: &ServerName) -> Result<(), WorkerError> {
         loop {
             let entry = match self.entry(server) {
                 Ok(entry) => entry,
@@ -128,6 +164,48 @@ impl Worker {
         }
     }
 
+    /// Admits a call: from here on its time counts and a task looks after it.
+    pub(crate) async fn admit(&self, context: CallContext, offer: CallOffer) -> Result<Reservation, Refusal> {
+        let received = Instant::now();
+        if self.host.draining.is_cancelled() {
+            return Err(Refusal::Draining);
+        }
+        let refused = |error: WorkerError| Refusal::Error { error: error.or_outcome(Outcome::NotStarted) };
+        let entry = self.entry(&offer.server).map_err(refused)?;
+        let record = current(&entry.record);
+        entry.check_enabled(&record).map_err(refused)?;
+        let limit = record.call_limit(context.timeout);
+        let deadline = received + limit.saturating_sub(context.spent);
+        // On a single node there is nobody else who could own it.
+        if self.host.leases.is_some() || offer.placing == Placing::Owned {
+            entry.own(&context.user, offer.placing, deadline, &self.host).await?;
+        }
+        let (events, receiver) = mpsc::channel(limits::PROGRESS_QUEUE + 1);
+        // The end has its place in the queue from the start: progress cannot crowd it out.
+        let end = events
+            .clone()
+            .try_reserve_owned()
+            .map_err(|_| refused(WorkerError::internal("a new channel is full")))?;
+        let (held_sender, held) = oneshot::channel();
+        let (arguments_sender, arguments) = oneshot::channel();
+        let cancelled = CancellationToken::new();
+        let guard = cancelled.clone().drop_guard();
+        let call = Call {
+            host: Arc::clone(&self.host),
+            entry,
+            user: context.user,
+            offer,
+            deadline,
+            limit,
+            cancelled,
+            events,
+        };
+        self.calls.spawn(async move {
+            end.send(CallEvent::Done(call.run(Go { held: Some(held_sender), arguments }).await));
+        });
+        Ok(Reservation::new(held, arguments_sender, CallStream::new(receiver, guard), limit))
+    }
+
     async fn wait_running(&self, entry: &Arc<Entry>, user: &UserId) -> Result<ServerReport, WorkerError> {
         let record = current(&entry.record);
         entry.check_enabled(&record)?;
@@ -148,6 +226,8 @@ impl Worker {
                 Err(NoSlot::Retired) => return Ok(entry.report()),
                 // Why it does not run stands in the report.
                 Ok(()) | Err(NoSlot::Error(_)) => return Ok(entry.report()),
+                // It runs, or may run, elsewhere: the report of this worker would say nothing.
+                Err(NoSlot::Denied(denied)) => return Err(denied.into_error()),
             }
         }
     }
@@ -156,38 +236,10 @@ impl Worker {
 #[async_trait]
 impl WorkerApi for Worker {
     async fn call_tool(&self, context: CallContext, call: ToolCall) -> Result<CallStream, WorkerError> {
-        let received = Instant::now();
-        if self.stopping.is_cancelled() {
-            return Err(WorkerError::new(ErrorCode::ShuttingDown, "This worker is stopping")
-                .outcome(Outcome::NotStarted)
-                .retry_after(Duration::from_secs(1)));
-        }
-        let entry = self.entry(&call.server).map_err(|error| error.outcome(Outcome::NotStarted))?;
-        let record = current(&entry.record);
-        entry.check_enabled(&record)?;
-        let limit = record.call_limit(context.timeout);
-        let (events, receiver) = mpsc::channel(limits::PROGRESS_QUEUE + 1);
-        // The end has its place in the queue from the start: progress cannot crowd it out.
-        let end = events
-            .clone()
-            .try_reserve_owned()
-            .map_err(|_| WorkerError::internal("a new channel is full").outcome(Outcome::NotStarted))?;
-        let cancelled = CancellationToken::new();
-        let guard = cancelled.clone().drop_guard();
-        let call = Call {
-            host: Arc::clone(&self.host),
-            entry,
-            user: context.user,
-            request: call,
-            deadline: received + limit,
-            limit,
-            cancelled,
-            events,
-        };
-        self.calls.spawn(async move {
-            end.send(CallEvent::Done(call.run().await));
-        });
-        Ok(CallStream::new(receiver, guard))
+        let ToolCall { server, tool, arguments, progress } = call;
+        let offer = CallOffer { server, tool, progress, placing: Placing::Take };
+        let admitted = self.admit(context, offer).await.map_err(Refusal::into_error)?;
+        Ok(admitted.go(arguments))
     }
 
     async fn start_server(&self, user: &UserId, server: &ServerName) -> Result<ServerReport, WorkerError> {
@@ -197,8 +249,7 @@ impl WorkerApi for Worker {
 
     async fn restart_server(&self, user: &UserId, server: &ServerName) -> Result<ServerReport, WorkerError> {
         let entry = self.entry(server)?;
-        entry.stop(None, &self.host).await;
-        entry.want_running(&self.host);
+        entry.restart(&self.host).await;
         self.wait_running(&entry, user).await
     }
 
@@ -226,13 +277,44 @@ impl WorkerApi for Worker {
     }
 
     async fn ready(&self) -> Result<(), WorkerError> {
-        if self.stopping.is_cancelled() {
+        if self.host.draining.is_cancelled() {
             return Err(WorkerError::new(ErrorCode::ShuttingDown, "This worker is stopping"));
         }
         Ok(())
     }
 
     async fn fleet(&self) -> Result<Fleet, WorkerError> {
-        Ok(Fleet::default())
+        let myself = NodeView::of_myself(self.describe());
+        Ok(Fleet { workers: vec![myself], gateways: Vec::new() })
     }
+}
+
+fn all(entries: &Entries) -> Vec<Arc<Entry>> {
+    entries.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+}
+
+/// Keeps this worker alive in the store, and ends what it may not run any more.
+async fn keep_leases(leases: Arc<Leases>, entries: Arc<Entries>, host: Arc<Host>) {
+    let retire = |loss| {
+        let (entries, host) = (all(&entries), Arc::clone(&host));
+        async move {
+            host.note_change();
+            for ended in entries.into_iter().map(|entry| entry.lose(loss, &host)).collect::<Vec<_>>() {
+                // Each is a task of its own already.
+                let _ = ended.await;
+            }
+        }
+    };
+    leases.keep(retire).await;
+}
+
+/// What everybody sees as the servers' tools, as stored.
+pub(crate) async fn stored_listings(vault: &Vault) -> Result<HashMap<ServerName, RawJson>, VaultError> {
+    let mut listings = HashMap::new();
+    for stored in vault.tools().await? {
+        if let (None, Ok(tools)) = (stored.user, RawJson::parse(stored.tools)) {
+            listings.insert(stored.server, tools);
+        }
+    }
+    Ok(listings)
 }

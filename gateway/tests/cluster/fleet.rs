@@ -186,17 +186,16 @@ async fn nats_may_restart() {
     let api = Deployment::builder().env("NATS_URL", nats.url()).start().await;
     api.add_fixture("echo", &[], json!({})).await;
     let in_flight = api.call("echo", "sleep", json!({"ms": 4_000}));
-    let (answer, ()) = tokio::join!(in_flight, async {
+    let (answer, nats) = tokio::join!(in_flight, async {
         eventually("the call is in flight", async || {
             api.server("echo").await["instances"][0]["inFlight"] == 1
         })
         .await;
-        nats = tokio::task::spawn_blocking(move || {
+        let restart = move || {
             nats.restart();
             nats
-        })
-        .await
-        .unwrap();
+        };
+        tokio::task::spawn_blocking(restart).await.unwrap()
     });
     assert_eq!(answer.tool_text(), "slept 4000", "a call waits for the bus to come back");
     eventually("calls go on", async || {

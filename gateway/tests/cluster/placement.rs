@@ -8,7 +8,7 @@ use std::{
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::deployment::{Deployment, alive, eventually};
+use crate::deployment::{Deployment, PATIENCE, alive, eventually};
 
 async fn pid_of(api: &Deployment, user: &str, server: &str) -> Option<i32> {
     let answer = api.call_as(user, server, "pid", json!({})).await;
@@ -110,13 +110,13 @@ async fn a_frozen_owner_of_a_users_process_accepts_nothing_when_it_wakes() {
     };
     let frozen = api.workers().into_iter().find(|worker| worker.id == owner).unwrap();
     frozen.signal(Signal::SIGSTOP);
-    let mut taken_over = None;
-    eventually("alice is served by another worker", async || {
-        taken_over = pid_of(&api, "alice", "own").await;
-        taken_over.is_some()
-    })
-    .await;
-    let taken_over = taken_over.unwrap();
+    let patience = Instant::now() + PATIENCE;
+    let taken_over = loop {
+        assert!(Instant::now() < patience, "alice is served by no other worker");
+        if let Some(pid) = pid_of(&api, "alice", "own").await {
+            break pid;
+        }
+    };
     assert_ne!(taken_over, first);
     frozen.signal(Signal::SIGCONT);
     for _ in 0..30 {

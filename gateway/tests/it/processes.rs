@@ -13,7 +13,7 @@ use nix::{
 };
 use serde_json::{Value, json};
 
-use crate::deployment::{Data, Deployment, alive, eventually, fixture};
+use crate::deployment::{Deployment, alive, eventually, fixture};
 
 /// How long a process may outlive a gateway that was killed.
 const AFTER_KILL: Duration = Duration::from_secs(5);

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use async_nats::Subscriber;
 use futures_util::StreamExt;
-use tokio::time::sleep;
+use tokio::{sync::watch, time::sleep};
 
 use super::Inner;
 use crate::{
@@ -37,7 +37,7 @@ impl Inner {
                 Beat::Here(report) => self.fleet_mut().beat(now, report),
                 Beat::Hello(report) => {
                     if report.id != *self.bus.node() {
-                        self.changed.notify_one();
+                        self.asked.notify_one();
                     }
                     self.fleet_mut().beat(now, report);
                 }
@@ -46,12 +46,16 @@ impl Inner {
     }
 
     /// Says what this node is, each second and whenever it has something new to say.
-    pub(super) async fn beat(self: Arc<Self>) {
+    pub(super) async fn beat(self: Arc<Self>, mut changed: watch::Receiver<()>) {
         self.say(&Beat::Hello((self.describe)())).await;
+        let mut changes = true;
         loop {
             tokio::select! {
                 () = sleep(BEAT) => {}
-                () = self.changed.notified() => {
+                () = self.asked.notified() => {}
+                told = changed.changed(), if changes => {
+                    // A node that never changes has nobody to tell of it.
+                    changes = told.is_ok();
                     // What changes together is told together.
                     sleep(GATHER).await;
                 }

@@ -49,7 +49,7 @@ pub(super) async fn watch_idle(group: Weak<Group>) {
             let pause = match limit {
                 Some(limit) if idle >= limit && !busy && !state.instances.is_empty() => {
                     // New calls wait for the end of this, and then start a process again.
-                    let (done, receiver) = watch::channel(());
+                    let (done, receiver) = watch::channel(None);
                     state.busy = Some(receiver);
                     state.wanted = false;
                     let instances = std::mem::take(&mut state.instances);
@@ -59,6 +59,8 @@ pub(super) async fn watch_idle(group: Weak<Group>) {
                         futures_util::future::join_all(instances.iter().map(|one| one.stop())).await;
                         stopped.state().busy = None;
                         drop(done);
+                        stopped.host.note_change();
+                        stopped.rest().await;
                     });
                     limit
                 }

@@ -1,0 +1,289 @@
+//! How a group's processes come to run: one start at a time, shared by all who wait, tried again after
+//! a pause that grows.
+
+use std::{sync::Arc, time::Duration};
+
+use mcp_shared::{
+    error::{ErrorCode, WorkerError},
+    limits,
+    server::{ServerRecord, Transport},
+    timestamp::Timestamp,
+};
+use tokio::{
+    sync::{futures::Notified, watch},
+    time::{Instant, timeout_at},
+};
+
+use super::{Group, NoSlot, State, Trouble, current, not_started, upkeep::watch_instance};
+use crate::{
+    instance::{Instance, Launch},
+    leases::Denied,
+};
+
+/// A start or a stop that is under way. The channel closes when it is over, and says then why a start
+/// was not allowed.
+pub(super) type Busy = watch::Receiver<Option<Denied>>;
+
+/// What has to happen before a process can be connected.
+enum Wait<'a> {
+    /// The end of a start or a stop.
+    Busy(Busy),
+    /// The end of a process.
+    Change(Notified<'a>),
+    /// The end of the pause after a failure.
+    Until(Instant),
+}
+
+/// What came of waiting.
+enum Waited {
+    /// A start or a stop is over; a start may have been denied.
+    Start(Option<Denied>),
+    /// Time passed or something changed.
+    Other,
+}
+
+/// Who wants a start.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Start {
+    /// A call, which goes elsewhere if another worker has the lease.
+    ForCall,
+    /// Somebody who ordered it. An owner that is silent is waited for, to see whether it is lost.
+    Ordered,
+    /// Nobody who waits: as ordered, in its turn among others.
+    Background,
+}
+
+impl Group {
+    /// Waits until a process is connected. `force`: does not wait out the pause after a failure.
+    pub async fn ensure_running(self: &Arc<Self>, deadline: Instant, mut force: bool) -> Result<(), NoSlot> {
+        loop {
+            let wait = {
+                let mut state = self.state();
+                if self.retired.is_cancelled() {
+                    return Err(NoSlot::Retired);
+                }
+                if state.instances.iter().any(|instance| instance.is_open()) {
+                    return Ok(());
+                }
+                let now = Instant::now();
+                let pause =
+                    if force { Duration::ZERO } else { state.not_before.saturating_duration_since(now) };
+                match (&state.busy, &state.trouble) {
+                    (Some(busy), _) => Wait::Busy(busy.clone()),
+                    // The last one is on its way out: its end decides when there is another.
+                    _ if !state.instances.is_empty() => Wait::Change(self.changed.notified()),
+                    (None, Some(trouble))
+                        if !pause.is_zero() && (trouble.at_start || now + pause >= deadline) =>
+                    {
+                        return Err(not_started(self.unavailable(trouble, pause)));
+                    }
+                    _ if !pause.is_zero() => Wait::Until(now + pause),
+                    _ => Wait::Busy(
+                        self.begin_start(&mut state, if force { Start::Ordered } else { Start::ForCall }),
+                    ),
+                }
+            };
+            let wait = async {
+                match wait {
+                    Wait::Busy(mut busy) => {
+                        self.urgent.notify_one();
+                        while busy.changed().await.is_ok() {}
+                        let denied = busy.borrow().clone();
+                        Waited::Start(denied)
+                    }
+                    Wait::Change(changed) => {
+                        changed.await;
+                        Waited::Other
+                    }
+                    Wait::Until(pause_end) => {
+                        tokio::time::sleep_until(pause_end).await;
+                        Waited::Other
+                    }
+                }
+            };
+            let waited = tokio::select! {
+                waited = timeout_at(deadline, wait) => waited,
+                () = self.retired.cancelled() => return Err(NoSlot::Retired),
+            };
+            match waited {
+                Ok(Waited::Start(Some(Denied::Retired))) => return Err(NoSlot::Retired),
+                Ok(Waited::Start(Some(denied))) => return Err(NoSlot::Denied(denied)),
+                // One start is forced; when it fails, its pause counts.
+                Ok(Waited::Start(None)) => force = false,
+                Ok(Waited::Other) => {}
+                Err(_) => {
+                    let text = format!("Server {} is starting", self.server);
+                    return Err(not_started(
+                        WorkerError::new(ErrorCode::ServerStarting, text)
+                            .with("serverName", self.server.as_str())
+                            .retry_after(Duration::from_secs(2)),
+                    ));
+                }
+            }
+        }
+    }
+
+    /// Begins a start; the returned channel closes when it is over.
+    pub(super) fn begin_start(self: &Arc<Self>, state: &mut State, start: Start) -> Busy {
+        let (done, busy) = watch::channel(None);
+        if !self.is_active(state) {
+            state.owned_since = Timestamp::now();
+        }
+        state.busy = Some(busy.clone());
+        state.wanted = true;
+        state.since = Timestamp::now();
+        let group = Arc::clone(self);
+        self.host.tasks.spawn(async move {
+            // At boot hundreds may want to start at once; a caller who waits goes first.
+            let permit = if start == Start::Background {
+                tokio::select! {
+                    permit = group.host.background_starts.acquire() => permit.ok(),
+                    () = group.urgent.notified() => None,
+                    () = group.retired.cancelled() => None,
+                }
+            } else {
+                None
+            };
+            let patience = (start != Start::ForCall).then(|| Instant::now() + limits::LEASE_TAKEOVER * 2);
+            match group.take_lease(patience).await {
+                Ok(()) => {
+                    let started = group.start_missing().await;
+                    group.started(started);
+                }
+                Err(denied) => {
+                    let mut state = group.state();
+                    state.busy = None;
+                    state.wanted = false;
+                    drop(state);
+                    done.send_replace(Some(denied));
+                }
+            }
+            drop(permit);
+            drop(done);
+            group.changed.notify_waiters();
+            group.host.note_change();
+            group.rest().await;
+        });
+        self.host.note_change();
+        busy
+    }
+
+    /// Starts as many processes as are missing, side by side.
+    async fn start_missing(self: &Arc<Self>) -> Vec<Result<Arc<Instance>, Trouble>> {
+        if self.retired.is_cancelled() {
+            return Vec::new();
+        }
+        let record = current(&self.record);
+        let running = self.state().instances.iter().filter(|instance| instance.is_open()).count();
+        let missing = record.instance_limit().saturating_sub(running);
+        futures_util::future::join_all((0..missing).map(|_| self.start_one(&record))).await
+    }
+
+    async fn start_one(&self, record: &ServerRecord) -> Result<Arc<Instance>, Trouble> {
+        let failed = |text, missing| Trouble { text, at_start: true, missing };
+        let Transport::Stdio { command, args, env } = &record.transport else {
+            let text = "servers of this transport are not supported by this version".to_owned();
+            return Err(failed(text, Vec::new()));
+        };
+        let secret_env = self.host.secret_env(self.user.as_ref(), record).await;
+        let secret_env = secret_env.map_err(|text| failed(text, Vec::new()))?;
+        self.state().secrets = Some(secret_env.fingerprint);
+        // What the process knows for as long as it lives must not show up in its log.
+        let known = self.log.remember(secret_env.values.iter());
+        let launch = Launch { command, args, env: &env.0, secret_env: secret_env.variables, known };
+        let limit = record.startup_limit();
+        let host = &self.host;
+        let started =
+            Instance::start(launch, limit, &self.retired, &self.log, &host.supervisor, &host.tasks).await;
+        // It may repeat the server's own words.
+        started.map_err(|text| failed(self.log.redactor().quote(text), secret_env.missing))
+    }
+
+    /// Takes in what a start brought.
+    fn started(self: &Arc<Self>, started: Vec<Result<Arc<Instance>, Trouble>>) {
+        let mut state = self.state();
+        state.busy = None;
+        let (instances, troubles): (Vec<_>, Vec<_>) = started.into_iter().partition(Result::is_ok);
+        if self.retired.is_cancelled() {
+            // Whoever retires the group waits for this start, and then stops what it brought.
+            state.instances.extend(instances.into_iter().flatten());
+            return;
+        }
+        for instance in instances.into_iter().flatten() {
+            tracing::info!(server = %self.server, pid = instance.pid, "server connected");
+            state.trouble = None;
+            state.since = instance.since;
+            (self.on_tools)(&instance.tools());
+            self.host.tasks.spawn(watch_instance(Arc::clone(self), Arc::clone(&instance)));
+            state.instances.push(instance);
+        }
+        // Processes of one start fail for one reason, and count once.
+        match troubles.into_iter().find_map(Result::err) {
+            Some(trouble) => self.fail(&mut state, trouble, None),
+            // One may have died while another was being started.
+            None => self.start_missing_later(&state),
+        }
+    }
+
+    /// Notes a failure, and tries again after a pause that grows. A process that ran (`lived`) and died
+    /// is replaced at once the first time.
+    pub(super) fn fail(self: &Arc<Self>, state: &mut State, trouble: Trouble, lived: Option<Duration>) {
+        self.log.note(&trouble.text);
+        tracing::warn!(server = %self.server, error = %trouble.text, "server failed");
+        if lived.is_some_and(|lived| lived >= limits::STABLE_AFTER) {
+            state.failures = 0;
+        }
+        state.failures += 1;
+        let doublings = state.failures.saturating_sub(if lived.is_some() { 2 } else { 1 }).min(16);
+        let pause = if lived.is_some() && state.failures == 1 {
+            Duration::ZERO
+        } else {
+            (limits::RESTART_BACKOFF * (1 << doublings)).min(limits::RESTART_BACKOFF_MAX)
+        };
+        state.not_before = Instant::now() + pause;
+        state.last_error = Some(trouble.text.clone());
+        state.trouble = Some(trouble);
+        state.since = Timestamp::now();
+        self.start_missing_later(state);
+    }
+
+    /// Sees to it that missing processes are started after the pause. A user's own process is started by
+    /// the user's next call.
+    fn start_missing_later(self: &Arc<Self>, state: &State) {
+        if !state.wanted || self.user.is_some() || self.is_complete(state) {
+            return;
+        }
+        let group = Arc::clone(self);
+        let not_before = state.not_before;
+        self.host.tasks.spawn(async move {
+            tokio::select! {
+                () = group.retired.cancelled() => {}
+                () = group.host.stopping.cancelled() => {}
+                () = tokio::time::sleep_until(not_before) => {
+                    let mut state = group.state();
+                    let due = state.not_before <= Instant::now();
+                    if due && state.wanted && state.busy.is_none() && !group.is_complete(&state) {
+                        group.begin_start(&mut state, Start::Background);
+                    }
+                }
+            }
+        });
+    }
+
+    fn is_complete(&self, state: &State) -> bool {
+        state.instances.len() >= current(&self.record).instance_limit()
+    }
+
+    /// What a caller is told. Why it fails stands in the server's document, for those who run it.
+    fn unavailable(&self, trouble: &Trouble, pause: Duration) -> WorkerError {
+        let why = if trouble.at_start { "it could not be started" } else { "its process keeps ending" };
+        let missing = match trouble.missing.as_slice() {
+            [] => String::new(),
+            missing => format!(" (secrets that are not set for this user: {})", missing.join(", ")),
+        };
+        let text = format!("Server {} is not available: {why}{missing}", self.server);
+        WorkerError::new(ErrorCode::ServerUnavailable, text)
+            .with("serverName", self.server.as_str())
+            .retry_after(pause)
+    }
+}

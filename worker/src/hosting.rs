@@ -1,0 +1,125 @@
+//! The worker as the bus sees it: what it owns, and how it comes to own more or less.
+
+use std::collections::HashSet;
+
+use async_trait::async_trait;
+use mcp_shared::{
+    error::{ErrorCode, WorkerError},
+    fleet::{NodeReport, Role, ServerLoad},
+    hosting::{CallOffer, Hosting, Refusal, Reservation},
+    ids::ServerName,
+    server::Isolation,
+    worker_api::CallContext,
+};
+use tokio::sync::watch;
+
+use crate::{
+    call::stopping,
+    group::current,
+    worker::{Worker, stored_listings},
+};
+
+#[async_trait]
+impl Hosting for Worker {
+    async fn reserve(&self, context: CallContext, offer: CallOffer) -> Result<Reservation, Refusal> {
+        self.admit(context, offer).await
+    }
+
+    fn describe(&self) -> NodeReport {
+        let mut servers: Vec<ServerLoad> = self.entries().iter().filter_map(|entry| entry.load()).collect();
+        servers.sort_unstable_by(|one, other| one.name.cmp(&other.name));
+        NodeReport {
+            id: self.id().clone(),
+            role: Role::Worker,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            started: self.started,
+            wire: mcp_nats::wire::VERSIONS,
+            keys: self.host.vault.crypter().ring().kids().map(ToOwned::to_owned).collect(),
+            capacity: self.capacity,
+            draining: self.host.draining.is_cancelled(),
+            servers,
+            per_user: self.per_user(),
+        }
+    }
+
+    async fn place(&self, server: &ServerName) -> Result<(), WorkerError> {
+        if self.host.draining.is_cancelled() {
+            return Err(stopping());
+        }
+        let entry = self.entry(server)?;
+        entry.check_enabled(&current(&entry.record))?;
+        entry.want_running(&self.host);
+        Ok(())
+    }
+
+    async fn give_up(&self, server: &ServerName) -> bool {
+        match self.entry(server) {
+            Ok(entry) => entry.give_up(&self.host).await,
+            Err(_) => false,
+        }
+    }
+
+    fn wanted(&self) -> Vec<(ServerName, bool)> {
+        let entries = self.entries();
+        let runs_always = entries.iter().filter(|entry| {
+            let record = current(&entry.record);
+            record.enabled && record.isolation == Isolation::Shared && record.idle_limit().is_none()
+        });
+        runs_always.map(|entry| (entry.name.clone(), entry.runs_shared())).collect()
+    }
+
+    async fn resync(&self) -> Result<(), WorkerError> {
+        self.host.secrets.forget_all();
+        let stored = self.host.vault.servers().await?;
+        let mut listings = stored_listings(&self.host.vault).await?;
+        let mut names: HashSet<ServerName> = self.entries().iter().map(|entry| entry.name.clone()).collect();
+        for server in stored {
+            let same =
+                self.entry(&server.value.name).is_ok_and(|entry| *current(&entry.record) == server.value);
+            if same {
+                names.remove(&server.value.name);
+            } else {
+                names.insert(server.value.name);
+            }
+        }
+        for name in names {
+            match self.server_changed(&name).await {
+                // It was logged, and stays as it was until somebody mends it.
+                Err(error) if error.code == ErrorCode::SecretIntegrity => {}
+                changed => changed?,
+            }
+        }
+        for entry in self.entries() {
+            if let Some(tools) = listings.remove(&entry.name) {
+                entry.set_stored_tools(tools);
+            }
+            entry.renew_environments(&self.host).await?;
+        }
+        Ok(())
+    }
+
+    fn drain(&self) {
+        self.begin_drain();
+    }
+
+    fn changed(&self) -> watch::Receiver<()> {
+        self.host.changed.subscribe()
+    }
+}
+
+impl Worker {
+    /// Enabled servers with a process for each user.
+    fn per_user(&self) -> Vec<ServerName> {
+        let entries = self.entries();
+        let mut names: Vec<_> = entries
+            .iter()
+            .filter(|entry| {
+                let record = current(&entry.record);
+                record.enabled && record.isolation == Isolation::PerUser
+            })
+            .map(|entry| entry.name.clone())
+            .collect();
+        names.sort_unstable();
+        names
+    }
+}
