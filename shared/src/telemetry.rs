@@ -114,7 +114,10 @@ mod tests {
         let merged = EnvFilter::try_new(directives(true, Some("warn,mcp_worker=trace"))).unwrap().to_string();
         let mut parts: Vec<_> = merged.split(',').collect();
         parts.sort_unstable();
-        assert_eq!(parts, ["mcp_gateway=debug", "mcp_shared=debug", "mcp_worker=trace", "warn"]);
+        assert_eq!(
+            parts,
+            ["mcp_gateway=debug", "mcp_nats=debug", "mcp_shared=debug", "mcp_worker=trace", "warn"]
+        );
     }
 
     #[derive(Clone, Default)]

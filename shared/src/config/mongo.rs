@@ -15,19 +15,19 @@ pub enum StoreSettings {
     Mongo(MongoSettings),
 }
 
-/// A MongoDB and the databases in it. `Debug` shows no secrets.
+/// A database in a MongoDB. `Debug` shows no secrets.
 #[derive(Debug, Clone)]
 pub struct MongoSettings {
     /// A connection string that the driver understands; it may have a login of its own.
-    uri: SecretString,
+    pub uri: SecretString,
     /// A login that goes before that of the connection string.
     pub login: Option<MongoLogin>,
     /// The replica set, where the connection string does not name one.
     pub replica_set: Option<String>,
-    /// The database of servers and everything else that is no secret.
+    /// The database.
     pub database: String,
-    /// The collection of users' secrets, in the same database. mcp-api calls the setting
-    /// `SECRETS_DBNAME`, but what it names is a collection.
+    /// The collection of users' secrets in it. mcp-api calls the setting `SECRETS_DBNAME`, but what it takes
+    /// from it is the name of a collection.
     pub secrets_collection: String,
     /// The hosts, for people: without login and options.
     pub hosts: String,
@@ -46,11 +46,6 @@ pub struct MongoLogin {
 }
 
 impl MongoSettings {
-    /// The connection string.
-    pub fn uri(&self) -> &SecretString {
-        &self.uri
-    }
-
     /// The same without the documented default login; `None` where the operator chose how to log in.
     pub fn without_default_login(&self) -> Option<Self> {
         let is_default = self.login.as_ref().is_some_and(|login| login.is_default);
@@ -65,6 +60,7 @@ struct Address {
     on_this_machine: bool,
     has_login: bool,
     replica_set: Option<String>,
+    database: Option<String>,
 }
 
 const VALID_URI: parse::Valid = "a MongoDB connection string, such as \
@@ -94,6 +90,7 @@ fn uri(text: &str) -> Result<Address, parse::Valid> {
         on_this_machine,
         has_login: parsed.credential.is_some(),
         replica_set: parsed.replica_set,
+        database: parsed.default_database,
     })
 }
 
@@ -109,6 +106,13 @@ fn host(text: &str) -> Result<Address, parse::Valid> {
     uri(&format!("mongodb://{}/", hosts.join(","))).map_err(|_| VALID_HOST)
 }
 
+fn collection(text: &str) -> Result<String, parse::Valid> {
+    let ok = (1..=120).contains(&text.len())
+        && !text.contains(|c: char| c.is_control() || c == '$')
+        && !text.starts_with("system.");
+    if ok { Ok(text.to_owned()) } else { Err("1 to 120 characters without $, not beginning with system.") }
+}
+
 fn database(text: &str) -> Result<String, parse::Valid> {
     let ok = (1..=63).contains(&text.len())
         && !text.contains(|c: char| c.is_control() || c.is_whitespace() || "/\\.\"$*<>:|?".contains(c));
@@ -119,13 +123,18 @@ impl Reader {
     /// The store, unless something is wrong with its settings.
     pub(super) fn store(&mut self) -> Option<StoreSettings> {
         let database_name = self.required("MONGO_DBNAME", database);
-        let secrets_collection = self.required("SECRETS_DBNAME", database);
+        let secrets_collection = self.required("SECRETS_DBNAME", collection);
         let (name, address) = if self.raw("MONGODB_URI").is_some() {
             ("MONGODB_URI", self.optional("MONGODB_URI", uri)?)
         } else if self.raw("MONGO_HOST").is_some() {
             ("MONGO_HOST", self.optional("MONGO_HOST", host)?)
         } else {
             return Some(StoreSettings::Embedded);
+        };
+        // With mcp-api's own variables the database is the one that it would use, whatever the address says.
+        let database_name = match address.database.clone() {
+            Some(named) if name == "MONGODB_URI" && self.raw("MONGO_DBNAME").is_none() => Some(named),
+            _ => database_name,
         };
         let login = match name {
             // It says all there is to say, so it is also how to use a MongoDB that wants no login.

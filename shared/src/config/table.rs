@@ -259,7 +259,7 @@ pub const VARIABLES: &[Variable] = &[
         "squad-test",
         Group::Cluster,
         Since::Now,
-        "MongoDB database name for MCP server records and packages.",
+        "MongoDB database name for MCP server records and packages. MONGODB_URI may name it instead.",
     ),
     plain(
         "MONGO_REPLICASET",
@@ -273,6 +273,7 @@ pub const VARIABLES: &[Variable] = &[
         "secrets",
         Group::Cluster,
         Since::Now,
-        "MongoDB database name for encrypted secrets.",
+        "MongoDB collection for encrypted secrets. Despite its name, mcp-api takes it for a collection in \
+         MONGO_DBNAME too.",
     ),
 ];

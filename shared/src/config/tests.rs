@@ -183,7 +183,7 @@ fn bad_values_are_refused_with_what_would_be_valid() {
         ("WORKER_PORT", "x", "a number"),
         ("WORKER_HOST", "127.1", "an IP address"),
         ("MONGO_DBNAME", "a/b", "1 to 63 characters"),
-        ("SECRETS_DBNAME", "a b", "1 to 63 characters"),
+        ("SECRETS_DBNAME", "a$b", "1 to 120 characters"),
     ] {
         let errors = load(&[(name, value)]).unwrap_err();
         let text = errors.to_string();

@@ -87,7 +87,7 @@ async fn connect_once(settings: &MongoSettings, access: Access) -> Result<Opened
     let hosts = settings.hosts.clone();
     let login = settings.login.as_ref().map(|login| (login.user.clone(), login.password.clone()));
     let settings = mongo::MongoSettings {
-        address: settings.uri().clone(),
+        address: settings.uri.clone(),
         credentials: login,
         database: Some(settings.database.clone()),
         replica_set: settings.replica_set.clone(),

@@ -168,6 +168,10 @@ fn addresses_of_mongodb() {
     assert!(full.login.is_none() && full.without_default_login().is_none());
     assert_eq!((full.database.as_str(), full.secrets_collection.as_str()), ("data", "secrets"));
     assert!(!format!("{full:?}").contains("canary"));
+    let uri = ("MONGODB_URI", "mongodb://127.0.0.1/x");
+    assert_eq!(mongo(&[uri]).database, "x");
+    assert_eq!(mongo(&[uri, ("MONGO_DBNAME", "y")]).database, "y");
+    assert_eq!(mongo(&[("MONGO_HOST", "mongodb://127.0.0.1/x")]).database, "squad-test", "as mcp-api");
     let hosts = mongo(&[
         ("MONGO_HOST", "A.example:27018, b.example"),
         ("MONGO_USER", "u"),
