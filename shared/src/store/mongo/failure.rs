@@ -59,10 +59,14 @@ fn classify(error: &Error) -> StoreError {
     if code.is_some_and(|code| NO_ROOM.contains(&code)) || cause.contains("No space left on device") {
         return StoreError::Full;
     }
-    if code.is_some_and(|code| TOO_LARGE.contains(&code)) {
-        return StoreError::Corrupt { what: "a document would be larger than MongoDB allows".to_owned() };
+    match error.kind.as_ref() {
+        _ if code.is_some_and(|code| TOO_LARGE.contains(&code)) => {
+            StoreError::Corrupt { what: "a document would be larger than MongoDB allows".to_owned() }
+        }
+        // The driver refused a document, or did not understand one. The database is not at fault.
+        ErrorKind::InvalidArgument { .. } | ErrorKind::Bson(_) => StoreError::Corrupt { what: cause },
+        _ => StoreError::Unavailable { cause },
     }
-    StoreError::Unavailable { cause }
 }
 
 /// The error for the log. The details of write errors are left out: they may quote the document.
@@ -78,6 +82,8 @@ pub(super) fn describe(error: &Error) -> String {
         ErrorKind::Write(WriteFailure::WriteConcernError(error)) => {
             format!("write concern error {} {}: {}", error.code, error.code_name, error.message)
         }
+        // It may quote what it did not understand.
+        ErrorKind::Bson(_) => "a document cannot be read or written".to_owned(),
         ErrorKind::Io(error) => format!("connection: {error}"),
         kind => kind.to_string(),
     };
