@@ -44,6 +44,12 @@ pub(super) fn is_duplicate(error: &Error) -> bool {
     code(error) == Some(DUPLICATE_KEY)
 }
 
+/// Whether an index was refused because the same one exists under another name, or one of its name
+/// with other fields.
+pub(super) fn is_other_name(error: &Error) -> bool {
+    matches!(code(error), Some(85 | 86))
+}
+
 fn code(error: &Error) -> Option<i32> {
     match error.kind.as_ref() {
         ErrorKind::Command(error) => Some(error.code),
