@@ -20,10 +20,7 @@ use async_trait::async_trait;
 use mongodb::{
     Client, Collection,
     bson::{Document, RawDocumentBuf, doc},
-    options::{
-        Acknowledgment, ClientOptions, Credential, ReadConcern, ReadPreference, SelectionCriteria,
-        WriteConcern,
-    },
+    options::{Acknowledgment, ClientOptions, ReadConcern, ReadPreference, SelectionCriteria, WriteConcern},
 };
 use secrecy::{ExposeSecret, SecretString};
 use tokio::sync::Semaphore;
@@ -121,7 +118,7 @@ struct Database {
     database: mongodb::Database,
     servers: Collection<RawDocumentBuf>,
     secrets: Collection<RawDocumentBuf>,
-    tools: Collection<Document>,
+    tools: Collection<RawDocumentBuf>,
     leases: Collection<Document>,
     probe: Collection<Document>,
 }
@@ -197,9 +194,7 @@ impl MongoStore {
 /// The driver's options. What makes an acknowledged write last is not left to the URI.
 async fn options(settings: &MongoSettings) -> Result<ClientOptions, ConnectError> {
     crate::tls::install_provider();
-    let address = settings.address.expose_secret().trim();
-    let uri: SecretString =
-        if address.contains("://") { address.into() } else { format!("mongodb://{address}").into() };
+    let uri = uri(settings)?;
     // A name that is to be looked up first (`mongodb+srv://`) makes this wait for an answer.
     let parsed = tokio::time::timeout(limits::STORE_TIMEOUT, ClientOptions::parse(uri.expose_secret())).await;
     let parsed =
@@ -210,12 +205,6 @@ async fn options(settings: &MongoSettings) -> Result<ClientOptions, ConnectError
         }
         _ => ConnectError::Address,
     })?;
-    if let Some((user, password)) = &settings.credentials {
-        // What else the URI says about logging in stays, such as the database of users.
-        let credential = options.credential.get_or_insert_with(Credential::default);
-        credential.username = Some(user.clone());
-        credential.password = Some(password.expose_secret().to_owned());
-    }
     if settings.replica_set.is_some() {
         options.repl_set_name.clone_from(&settings.replica_set);
     }
@@ -230,6 +219,39 @@ async fn options(settings: &MongoSettings) -> Result<ClientOptions, ConnectError
     options.selection_criteria = Some(SelectionCriteria::ReadPreference(ReadPreference::Primary));
     options.write_concern = Some(WriteConcern::builder().w(Acknowledgment::Majority).journal(true).build());
     Ok(options)
+}
+
+/// The address as a URI with the credentials in it. The driver takes other settings of a URI that concern
+/// logging in, such as the database of users, only together with these.
+fn uri(settings: &MongoSettings) -> Result<SecretString, ConnectError> {
+    let address = settings.address.expose_secret().trim();
+    let (scheme, rest) = address.split_once("://").unwrap_or(("mongodb", address));
+    let end = rest.find(['/', '?']).unwrap_or(rest.len());
+    let (authority, options) = rest.split_at(end);
+    // With an `@` in its path it has a password with a `/`. Read on, its parts would be hosts, which
+    // errors name.
+    if options.split('?').next().is_some_and(|path| path.contains('@')) {
+        return Err(ConnectError::Address);
+    }
+    let Some((user, password)) = &settings.credentials else {
+        return Ok(format!("{scheme}://{rest}").into());
+    };
+    let hosts = authority.rsplit_once('@').map_or(authority, |(_, hosts)| hosts);
+    let (user, password) = (escaped(user), escaped(password.expose_secret()));
+    Ok(format!("{scheme}://{user}:{password}@{hosts}{options}").into())
+}
+
+/// A text in which nothing has a meaning in a URI.
+fn escaped(text: &str) -> String {
+    let mut out = String::with_capacity(3 * text.len());
+    for byte in text.bytes() {
+        if byte.is_ascii_alphanumeric() {
+            out.push(char::from(byte));
+        } else {
+            out.push_str(&format!("%{byte:02X}"));
+        }
+    }
+    out
 }
 
 impl Database {

@@ -127,7 +127,7 @@ impl NatsServer {
 
     /// Stops it without closing its connections (SIGSTOP), as a frozen machine would.
     pub fn freeze(&self) {
-        self.process.signal(Signal::SIGSTOP);
+        self.process.freeze();
     }
 
     /// Lets it go on.
@@ -213,7 +213,7 @@ impl MongoServer {
 
     /// Stops it without closing its connections (SIGSTOP), as a frozen machine would.
     pub fn freeze(&self) {
-        self.process.signal(Signal::SIGSTOP);
+        self.process.freeze();
     }
 
     /// Lets it go on.
@@ -308,6 +308,21 @@ impl Process {
 
     fn pid(&self) -> u32 {
         self.child.as_ref().expect("the server runs").id()
+    }
+
+    /// Its threads stop one after the other, and one that still runs could answer.
+    fn freeze(&self) {
+        self.signal(Signal::SIGSTOP);
+        let begun = Instant::now();
+        let stopped = |task: fs::DirEntry| {
+            let stat = fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+            stat.rsplit_once(')').is_none_or(|(_, rest)| rest.trim_start().starts_with(['T', 'Z', 'X']))
+        };
+        let tasks = format!("/proc/{}/task", self.pid());
+        while !fs::read_dir(&tasks).expect("the process runs").filter_map(Result::ok).all(stopped) {
+            assert!(begun.elapsed() < START_TIMEOUT, "a test server did not stop");
+            thread::sleep(PAUSE);
+        }
     }
 
     fn signal(&self, signal: Signal) {

@@ -43,6 +43,7 @@ macro_rules! store_contract {
             secrets::secrets_are_kept_apart_by_user_and_server,
             secrets::names_that_begin_alike_are_kept_apart,
             secrets::secrets_with_one_key_do_not_replace_each_other,
+            secrets::a_secret_set_while_its_server_goes_is_not_inherited,
             secrets::users_with_secrets_are_counted_once,
             secrets::secrets_in_the_old_format_are_counted,
             coordination::a_lease_has_one_holder,

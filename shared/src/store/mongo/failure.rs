@@ -44,6 +44,12 @@ pub(super) fn is_duplicate(error: &Error) -> bool {
     code(error) == Some(DUPLICATE_KEY)
 }
 
+/// Whether an index was refused because the same one exists under another name, or one of its name
+/// with other fields.
+pub(super) fn is_other_name(error: &Error) -> bool {
+    matches!(code(error), Some(85 | 86))
+}
+
 fn code(error: &Error) -> Option<i32> {
     match error.kind.as_ref() {
         ErrorKind::Command(error) => Some(error.code),
@@ -59,10 +65,14 @@ fn classify(error: &Error) -> StoreError {
     if code.is_some_and(|code| NO_ROOM.contains(&code)) || cause.contains("No space left on device") {
         return StoreError::Full;
     }
-    if code.is_some_and(|code| TOO_LARGE.contains(&code)) {
-        return StoreError::Corrupt { what: "a document would be larger than MongoDB allows".to_owned() };
+    match error.kind.as_ref() {
+        _ if code.is_some_and(|code| TOO_LARGE.contains(&code)) => {
+            StoreError::Corrupt { what: "a document would be larger than MongoDB allows".to_owned() }
+        }
+        // The driver refused a document, or did not understand one. The database is not at fault.
+        ErrorKind::InvalidArgument { .. } | ErrorKind::Bson(_) => StoreError::Corrupt { what: cause },
+        _ => StoreError::Unavailable { cause },
     }
-    StoreError::Unavailable { cause }
 }
 
 /// The error for the log. The details of write errors are left out: they may quote the document.
@@ -78,6 +88,8 @@ pub(super) fn describe(error: &Error) -> String {
         ErrorKind::Write(WriteFailure::WriteConcernError(error)) => {
             format!("write concern error {} {}: {}", error.code, error.code_name, error.message)
         }
+        // It may quote what it did not understand.
+        ErrorKind::Bson(_) => "a document cannot be read or written".to_owned(),
         ErrorKind::Io(error) => format!("connection: {error}"),
         kind => kind.to_string(),
     };

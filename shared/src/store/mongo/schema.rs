@@ -3,15 +3,15 @@
 use std::collections::BTreeMap;
 
 use mongodb::{
-    IndexModel,
-    bson::{Bson, Document, doc},
+    Collection, IndexModel,
+    bson::{Bson, Document, RawDocumentBuf, doc},
     options::IndexOptions,
 };
 
 use super::{
     Database,
     documents::CASE_KEY,
-    failure::{Failure, is_duplicate},
+    failure::{Failure, is_duplicate, is_other_name},
     servers::collect,
 };
 use crate::store::StoreError;
@@ -23,17 +23,16 @@ impl Database {
     /// Makes the indexes that are missing. Where mcp-api has the same one, it has the same name, so
     /// that neither program is in the other's way.
     pub(super) async fn ensure_indexes(&self) -> Result<(), Failure> {
-        let names = index("name", doc! { "name": 1 }, IndexOptions::default());
+        self.ensure_plain(&self.servers, "name").await?;
         let mut unique = IndexOptions::default();
         unique.unique = Some(true);
         let mut partial = unique.clone();
         // Only documents of ours have the field; those of mcp-api may break the rule.
         partial.partial_filter_expression = Some(doc! { CASE_KEY: { "$exists": true } });
         let case_keys = index("caseKey_unique", doc! { CASE_KEY: 1 }, partial);
-        self.servers.create_indexes([names, case_keys]).await?;
+        self.servers.create_index(case_keys).await?;
 
-        let keys = index("key", doc! { "key": 1 }, IndexOptions::default());
-        self.secrets.create_index(keys).await?;
+        self.ensure_plain(&self.secrets, "key").await?;
         // Not the fields of mcp-api's own index, which is not unique: one could not stand beside the
         // other. (`server` is missing in all but the oldest rows, where the key alone is not unique.)
         let fields = doc! { "username": 1, "key": 1, "server": 1 };
@@ -44,8 +43,20 @@ impl Database {
                 Err(error) => return Err(error.into()),
             }
         }
-        self.tools.create_index(index("server", doc! { "server": 1 }, IndexOptions::default())).await?;
-        Ok(())
+        self.ensure_plain(&self.tools, "server").await
+    }
+
+    /// An index that only makes searching fast, with the name of its field as mcp-api does it. One that
+    /// an operator made under another name does as well.
+    async fn ensure_plain(
+        &self,
+        collection: &Collection<RawDocumentBuf>,
+        field: &str,
+    ) -> Result<(), Failure> {
+        match collection.create_index(index(field, doc! { field: 1 }, IndexOptions::default())).await {
+            Err(error) if !is_other_name(&error) => Err(error.into()),
+            _ => Ok(()),
+        }
     }
 
     /// Of several rows for one secret the newest stays, which is also the one that mcp-api reads.

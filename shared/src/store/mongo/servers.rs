@@ -39,7 +39,7 @@ impl Database {
                 Err(what) => tracing::error!(error.cause = %what, "{UNREADABLE}"),
             }
         }
-        servers.sort_by(|a, b| a.value.0.created_at.cmp(&b.value.0.created_at));
+        servers.sort_by_key(|server| server.value.0.created_at);
         Ok(servers)
     }
 
@@ -200,7 +200,7 @@ impl Database {
     }
 
     pub(super) async fn all_tools(&self) -> Result<Vec<StoredTools>, Failure> {
-        let rows = collect(self.tools.clone_with_type::<RawDocumentBuf>().find(doc! {}).await?).await?;
+        let rows = collect(self.tools.find(doc! {}).await?).await?;
         let readable = rows.iter().filter_map(|row| match (row.get_str("server"), row.get_str("tools")) {
             (Ok(server), Ok(tools)) => {
                 let user = row.get_str("user").ok().filter(|user| !user.is_empty());

@@ -1,6 +1,8 @@
 //! Users' secrets: for existing servers only, and never mixed up.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
+
+use tokio::task::JoinSet;
 
 use super::{registered, secret, server, unique, user};
 use crate::{
@@ -98,6 +100,35 @@ pub async fn secrets_with_one_key_do_not_replace_each_other(store: Arc<dyn Store
     assert!(store.delete_secret(&user, &short, &first.secret_name).await.unwrap());
     store.put_secret(&second).await.unwrap();
     assert_eq!(store.secrets(&user, &long).await.unwrap(), [second]);
+}
+
+/// Secrets that are set while their server is deleted go with it or are refused: a server that is
+/// registered under the name afterwards has none of them.
+pub async fn a_secret_set_while_its_server_goes_is_not_inherited(store: Arc<dyn Store>) {
+    let name = ServerName::from_stored(unique("going"));
+    for round in 0..5 {
+        store.insert_server(&server(name.as_str())).await.unwrap();
+        let users: Vec<_> = (0..6).map(|_| user("u")).collect();
+        let mut puts = JoinSet::new();
+        for (number, user) in users.iter().enumerate() {
+            let (store, secret) = (Arc::clone(&store), secret(user, &name, "KEY", "sealed"));
+            puts.spawn(async move {
+                tokio::time::sleep(Duration::from_millis(u64::try_from(number).unwrap())).await;
+                store.put_secret(&secret).await
+            });
+        }
+        tokio::time::sleep(Duration::from_millis(round)).await;
+        assert!(store.delete_server(&name).await.unwrap());
+        for outcome in puts.join_all().await {
+            assert!(matches!(outcome, Ok(()) | Err(StoreError::NotFound)), "{outcome:?}");
+        }
+        store.insert_server(&server(name.as_str())).await.unwrap();
+        assert_eq!(store.users_with_secrets(&name).await.unwrap(), 0);
+        for user in &users {
+            assert_eq!(store.secrets(user, &name).await.unwrap(), []);
+        }
+        assert!(store.delete_server(&name).await.unwrap());
+    }
 }
 
 /// A user with several secrets counts once.
