@@ -203,6 +203,10 @@ impl Caller {
                 if matches!(self.phase, Phase::Going { .. }) {
                     return Turn::STAY;
                 }
+                // After a pause of this process an answer may be read before the clock is.
+                if self.spent(now) >= self.limit {
+                    return self.tick(now);
+                }
                 self.phase = Phase::Going { worker: worker.clone(), attempt };
                 Turn::just(Step::Go(worker, attempt))
             }
