@@ -118,13 +118,39 @@ struct Entry {
     state: State,
 }
 
+/// The last ids of a kind.
+#[derive(Debug, Default)]
+struct Memory {
+    ids: HashSet<CallId>,
+    order: VecDeque<CallId>,
+}
+
+impl Memory {
+    fn contains(&self, call: CallId) -> bool {
+        self.ids.contains(&call)
+    }
+
+    fn insert(&mut self, call: CallId) {
+        if self.ids.insert(call) {
+            self.order.push_back(call);
+            if self.order.len() > REMEMBERED
+                && let Some(oldest) = self.order.pop_front()
+            {
+                self.ids.remove(&oldest);
+            }
+        }
+    }
+}
+
 /// All calls of one worker.
 #[derive(Debug, Default)]
 pub struct Desk {
     calls: HashMap<CallId, Entry>,
     /// Attempts that were refused or given up, and those whose end has arrived: never to be started.
-    over: HashSet<CallId>,
-    over_order: VecDeque<CallId>,
+    over: Memory,
+    /// Attempts that ran, and whose end nobody took while it was kept. They are few, and remembered on
+    /// their own: whoever asks for one must not hear that it was not started.
+    ran: Memory,
     /// Ends that are kept, oldest first.
     kept: VecDeque<(Now, CallId)>,
     kept_bytes: usize,
@@ -137,11 +163,8 @@ impl Desk {
         if let Some(reply) = self.standing(call) {
             return reply.map_or(OnOffer::Ignore, OnOffer::Say);
         }
-        if self.over.contains(&call) {
-            return OnOffer::Say(Reply::Refuse);
-        }
-        if !fresh {
-            self.forget(call);
+        if !fresh || self.over.contains(call) {
+            self.over.insert(call);
             return OnOffer::Say(Reply::Refuse);
         }
         self.heard(now, router);
@@ -154,7 +177,7 @@ impl Desk {
         match self.calls.get(&call).map(|entry| &entry.state) {
             Some(State::Waiting | State::Held { .. } | State::Receiving { .. }) => {
                 self.calls.remove(&call);
-                self.forget(call);
+                self.over.insert(call);
                 true
             }
             _ => false,
@@ -175,15 +198,18 @@ impl Desk {
     /// A part of the arguments came.
     pub fn go(&mut self, now: Now, fresh: bool, call: CallId) -> OnGo {
         let Some(entry) = self.calls.get_mut(&call) else {
+            if self.ran.contains(call) {
+                return OnGo::Say(Reply::Forgotten);
+            }
             // Whatever it was, it is not started from now on either.
-            self.forget(call);
+            self.over.insert(call);
             return OnGo::Say(Reply::Refuse);
         };
         match &mut entry.state {
             State::Held { since } | State::Receiving { since } => {
                 if !fresh || now.saturating_sub(*since) > HOLD {
                     self.calls.remove(&call);
-                    self.forget(call);
+                    self.over.insert(call);
                     return OnGo::Say(Reply::Refuse);
                 }
                 entry.state = State::Receiving { since: now };
@@ -223,13 +249,13 @@ impl Desk {
     pub fn cancel(&mut self, now: Now, call: CallId) -> GivenUp {
         match self.calls.get_mut(&call) {
             None => {
-                self.forget(call);
+                self.over.insert(call);
                 GivenUp::Nothing
             }
             Some(entry) => match entry.state {
                 State::Waiting | State::Held { .. } | State::Receiving { .. } => {
                     self.calls.remove(&call);
-                    self.forget(call);
+                    self.over.insert(call);
                     GivenUp::Place
                 }
                 State::Running => {
@@ -255,6 +281,7 @@ impl Desk {
         for call in done {
             if self.calls.get(call).is_some_and(|entry| matches!(entry.state, State::Ended { .. })) {
                 self.release(*call);
+                self.over.insert(*call);
             }
         }
         let mut replies = Vec::new();
@@ -262,7 +289,7 @@ impl Desk {
             match self.standing(*call) {
                 Some(reply) => replies.extend(reply.map(|reply| (*call, reply))),
                 None => {
-                    self.forget(*call);
+                    self.over.insert(*call);
                     replies.push((*call, Reply::Refuse));
                 }
             }
@@ -304,9 +331,11 @@ impl Desk {
         self.calls.values().filter(|entry| !matches!(entry.state, State::Ended { .. })).count()
     }
 
-    /// What can be said of a call that is known; inside, nothing while it runs.
+    /// What can be said of a call that is known, or that is known to have run; inside, nothing while it runs.
     fn standing(&self, call: CallId) -> Option<Option<Reply>> {
-        let entry = self.calls.get(&call)?;
+        let Some(entry) = self.calls.get(&call) else {
+            return self.ran.contains(call).then_some(Some(Reply::Forgotten));
+        };
         Some(match &entry.state {
             State::Waiting => Some(Reply::Wait),
             State::Held { .. } => Some(Reply::Accept),
@@ -324,23 +353,10 @@ impl Desk {
         }
     }
 
-    /// Remembers that an attempt must not start.
-    fn forget(&mut self, call: CallId) {
-        if self.over.insert(call) {
-            self.over_order.push_back(call);
-            if self.over_order.len() > REMEMBERED
-                && let Some(oldest) = self.over_order.pop_front()
-            {
-                self.over.remove(&oldest);
-            }
-        }
-    }
-
     fn release(&mut self, call: CallId) {
         if let Some(Entry { state: State::Ended { ending }, .. }) = self.calls.remove(&call) {
             self.kept_bytes = self.kept_bytes.saturating_sub(ending.as_ref().map_or(0, weight));
         }
-        self.forget(call);
     }
 
     fn drop_kept(&mut self, now: Now) {
@@ -352,6 +368,7 @@ impl Desk {
             self.kept.pop_front();
             if !gone {
                 self.release(call);
+                self.ran.insert(call);
             }
         }
     }

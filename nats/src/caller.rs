@@ -109,6 +109,8 @@ pub struct Caller {
     failures: u32,
     rounds: u32,
     wish: Wish,
+    /// Workers that said that they have no room, each as often as it did.
+    full: Vec<WorkerId>,
     refused: Option<WorkerError>,
 }
 
@@ -123,6 +125,7 @@ impl Caller {
             failures: 0,
             rounds: 0,
             wish: Wish::default(),
+            full: Vec::new(),
             refused: None,
         }
     }
@@ -202,6 +205,10 @@ impl Caller {
                 self.learn(limit);
                 if matches!(self.phase, Phase::Going { .. }) {
                     return Turn::STAY;
+                }
+                // After a pause of this process an answer may be read before the clock is.
+                if self.spent(now) >= self.limit {
+                    return self.tick(now);
                 }
                 self.phase = Phase::Going { worker: worker.clone(), attempt };
                 Turn::just(Step::Go(worker, attempt))
@@ -306,15 +313,19 @@ impl Caller {
         match refusal {
             Refusal::Error { error } => return self.end(error, Outcome::NotStarted),
             Refusal::NotOwner { owner: Some(owner) } if owner != worker => {
-                // The owner may be lost. It is asked once; if it does not answer, somebody takes over.
-                if self.wish.lost_owner.as_ref() == Some(&owner) {
-                    return self.again(now);
+                // Nobody else may take it, and it has no room. (Once may have been about one attempt only.)
+                if self.full.iter().filter(|one| **one == owner).count() > 1 {
+                    let error = self.refused.take().unwrap_or_else(no_worker);
+                    return self.end(error, Outcome::NotStarted);
                 }
-                self.wish.lost_owner = None;
+                // The owner may be lost. It is asked once; if it is gone, somebody takes over. Who was
+                // asked to and names it again saw that it renews its lease: it is not lost after all,
+                // and only connected anew.
+                let back = self.wish.lost_owner.take().as_ref() == Some(&owner);
                 self.wish.avoid.retain(|one| *one != owner);
                 self.wish.owner = Some(owner);
                 // An owner that is named again and again is one that cannot take the call yet.
-                if hinted.is_some() || self.rounds > 4 {
+                if back || hinted.is_some() || self.rounds > 4 {
                     return self.again(now);
                 }
                 self.phase = Phase::Choosing { not_before: now };
@@ -331,6 +342,7 @@ impl Caller {
             }
             Refusal::Busy { error } => {
                 self.refused = Some(error);
+                self.full.push(worker.clone());
                 self.wish.avoid.push(worker);
                 if going {
                     self.failures += 1;
