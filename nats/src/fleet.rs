@@ -139,9 +139,9 @@ impl FleetView {
         self.live_nodes(now).map(|node| node.report.id.clone()).collect()
     }
 
-    /// Whether any worker may take a call.
-    pub fn any(&self, now: Now) -> bool {
-        self.live_nodes(now).any(|node| !node.report.draining)
+    /// Workers that answer and stay.
+    pub fn staying(&self, now: Now) -> Vec<WorkerId> {
+        self.live_nodes(now).filter(|node| !node.report.draining).map(|node| node.report.id.clone()).collect()
     }
 
     /// The fleet for people.

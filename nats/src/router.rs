@@ -168,9 +168,9 @@ impl Router {
         self.inner.fleet().first(self.inner.bus.now(), server)
     }
 
-    /// Workers that answer.
-    pub fn live(&self) -> Vec<WorkerId> {
-        self.inner.fleet().live(self.inner.bus.now())
+    /// Workers that answer and stay.
+    pub fn staying(&self) -> Vec<WorkerId> {
+        self.inner.fleet().staying(self.inner.bus.now())
     }
 
     /// Whether this node hears itself.
@@ -261,7 +261,7 @@ impl WorkerApi for Router {
         if !self.inner.is_up() {
             return Err(bus_unavailable());
         }
-        if !self.inner.fleet().any(self.inner.bus.now()) {
+        if self.inner.fleet().staying(self.inner.bus.now()).is_empty() {
             return Err(no_worker());
         }
         Ok(())

@@ -116,6 +116,7 @@ impl Builder {
         self
     }
 
+    #[allow(dead_code, reason = "a cluster's tests start gateways by the builder")]
     /// The command that starts the program, with nothing of the test's environment but the search path.
     pub fn command(&self) -> Command {
         self.node_command(Program::Gateway, "")

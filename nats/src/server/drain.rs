@@ -34,8 +34,8 @@ impl Inner {
         let shared: Vec<_> =
             self.host.describe().servers.into_iter().filter(|load| load.users == 0).collect();
         while Instant::now() < end {
-            let alone =
-                !self.router.is_up() || self.router.live().iter().all(|worker| worker == self.bus.node());
+            let others = self.router.staying();
+            let alone = !self.router.is_up() || others.iter().all(|worker| worker == self.bus.node());
             let left =
                 shared.iter().filter(|load| self.host.wanted().iter().any(|(name, _)| *name == load.name));
             let mut left = left.filter(|load| self.router.running(&load.name).is_empty());
