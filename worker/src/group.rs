@@ -85,6 +85,8 @@ struct State {
     secrets: Option<u64>,
     /// Whether it is being given up, so that its owner need not be this worker any more.
     leaving: bool,
+    /// Whether the next group of its name takes its lease over.
+    lease_handed_on: bool,
     last_used: Instant,
     since: Timestamp,
     /// Since when it runs, starts or should.
@@ -142,6 +144,7 @@ impl Group {
                 wanted: false,
                 secrets: None,
                 leaving: false,
+                lease_handed_on: false,
                 last_used: Instant::now(),
                 since: Timestamp::now(),
                 owned_since: Timestamp::now(),

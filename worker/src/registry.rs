@@ -244,14 +244,12 @@ impl Entry {
                 .cloned()
                 .collect()
         };
-        let retire = retiring.iter().map(|group| {
-            let kept = kept(group);
-            async move {
-                group.retire(drain).await;
-                if !kept {
-                    group.rest().await;
-                }
-            }
+        for group in retiring.iter().filter(|group| kept(group)) {
+            group.hand_lease_on();
+        }
+        let retire = retiring.iter().map(async |group| {
+            group.retire(drain).await;
+            group.rest().await;
         });
         futures_util::future::join_all(retire).await;
         // Groups that were made meanwhile are of the new kind, and stay.

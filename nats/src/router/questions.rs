@@ -156,7 +156,7 @@ impl Inner {
                 }
                 Err(Unanswered::Failed(error)) => {
                     // The owner that a lease names is the one to ask.
-                    match error.details.get("owner").and_then(|owner| owner.as_str()) {
+                    match error.details.get("workerId").and_then(|owner| owner.as_str()) {
                         Some(owner) if wish.owner.is_none() => {
                             wish.owner = Some(WorkerId::from_stored(owner));
                         }

@@ -105,6 +105,11 @@ impl Group {
         self.state().secrets.is_some_and(|own| own != fingerprint)
     }
 
+    /// Leaves the lease to the next group of the name, which is about to be made.
+    pub fn hand_lease_on(&self) {
+        self.state().lease_handed_on = true;
+    }
+
     /// Gives the lease back if nothing runs. Safe to call at any time.
     pub async fn rest(&self) {
         if let Some(hold) = &self.hold {
@@ -137,6 +142,6 @@ impl Group {
     fn needs_lease(&self) -> bool {
         let state = self.state();
         let runs = !state.instances.is_empty() || state.busy.is_some();
-        runs || (self.is_active(&state) && !self.retired.is_cancelled())
+        runs || state.lease_handed_on || (self.is_active(&state) && !self.retired.is_cancelled())
     }
 }

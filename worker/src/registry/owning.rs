@@ -57,10 +57,24 @@ impl Entry {
                 Err(Denied::Retired) if Instant::now() < deadline => {
                     let _ = timeout_at(deadline, self.settled()).await;
                 }
-                Err(denied) => return Err(denied.into_refusal()),
+                Err(denied) => {
+                    self.forget_if_asleep(&group);
+                    return Err(denied.into_refusal());
+                }
             }
         }
         Ok(())
+    }
+
+    /// Drops a user's group that runs nothing: users whom another worker serves leave no trace here.
+    fn forget_if_asleep(&self, group: &Arc<Group>) {
+        let mut groups = self.groups();
+        if let Some(user) = &group.user
+            && groups.users.get(user).is_some_and(|current| Arc::ptr_eq(current, group))
+            && group.dismiss()
+        {
+            groups.users.remove(user);
+        }
     }
 
     /// Whether this worker owns what serves a user.
