@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 use crate::cluster::{self, Cluster};
 
 /// How long the last messages may take to leave.
-const LAST_MESSAGES: Duration = Duration::from_secs(1);
+const LAST_MESSAGES: Duration = Duration::from_secs(3);
 
 /// The one or the other.
 pub enum Backend {

@@ -80,8 +80,8 @@ struct Inner {
     runtime: tokio::runtime::Handle,
     /// When this node last heard itself, in milliseconds.
     echo: AtomicU64,
-    /// Since when the connection stands, in milliseconds.
-    connected_since: AtomicU64,
+    /// Until when others may still be connecting anew, in milliseconds.
+    unsettled_until: AtomicU64,
     random: AtomicU64,
     listing: Mutex<Option<async_nats::service::Service>>,
 }
@@ -124,7 +124,7 @@ impl Router {
             stopping: CancellationToken::new(),
             runtime: tokio::runtime::Handle::current(),
             echo: AtomicU64::new(crate::wire::millis(bus.now())),
-            connected_since: AtomicU64::new(0),
+            unsettled_until: AtomicU64::new(0),
             random: AtomicU64::new(uuid::Uuid::new_v4().as_u64_pair().1 | 1),
             listing: Mutex::default(),
             bus,
@@ -178,8 +178,9 @@ impl Router {
         self.inner.is_up()
     }
 
-    /// Says goodbye and ends every task. Calls that are still open are given up.
+    /// Says goodbye and ends every task. Calls that are still open have a moment; then they are given up.
     pub async fn leave(&self) {
+        self.inner.end_calls().await;
         self.inner.say_goodbye().await;
         self.inner.stopping.cancel();
         self.inner.tasks.close();

@@ -2,8 +2,13 @@
 
 use std::{any::Any, backtrace, io::IsTerminal, panic, thread};
 
+use tracing::Level;
 use tracing_subscriber::{
-    EnvFilter, Layer, filter::LevelFilter, layer::SubscriberExt, registry, util::SubscriberInitExt,
+    EnvFilter, Layer,
+    filter::{LevelFilter, filter_fn},
+    layer::SubscriberExt,
+    registry,
+    util::SubscriberInitExt,
 };
 
 use crate::{config::LogFormat, error::shorten};
@@ -12,6 +17,8 @@ use crate::{config::LogFormat, error::shorten};
 const DEFAULT: &str = "info";
 /// What `DEBUG=true` makes of it: our own crates only, because libraries say a lot at that level.
 const DEBUG: &str = "info,mcp_gateway=debug,mcp_worker=debug,mcp_nats=debug,mcp_shared=debug";
+/// Libraries that write what passes through them into the log, if they are let.
+const OUTSPOKEN: [&str; 2] = ["async_nats", "mongodb"];
 /// Characters of a panic's message that reach the log; it may hold somebody's data.
 const PANIC_MESSAGE: usize = 200;
 
@@ -46,7 +53,15 @@ pub fn init(format: LogFormat, debug: bool, filter: Option<&str>) -> Result<(), 
     } else {
         lines.compact().with_ansi(false).boxed()
     };
-    registry().with(layer).with(filter).try_init().map_err(TelemetryError::AlreadySet)?;
+    // What these say below `info` has whole messages in it, and with them users' arguments and secrets.
+    let discreet = filter_fn(|about| {
+        *about.level() <= Level::INFO || !OUTSPOKEN.iter().any(|target| about.target().starts_with(target))
+    });
+    registry()
+        .with(layer.with_filter(discreet))
+        .with(filter)
+        .try_init()
+        .map_err(TelemetryError::AlreadySet)?;
     panic::set_hook(Box::new(log_panic));
     Ok(())
 }

@@ -396,7 +396,9 @@ async fn stretch(purpose: Purpose, store: &dyn Store, passphrase: Passphrase) ->
         Some(salt) => salt,
         // It was used without a passphrase, so this one is not its key and leaves nothing behind.
         None if was_used(store).await? => {
-            return Err(VaultError::KeyMismatch { kid: TEXT_KID.to_owned() });
+            // Unless another node has just made the salt, in the middle of its first start.
+            let made = store.fact(Fact::KeyRing, SALT_FACT).await?;
+            made.ok_or_else(|| VaultError::KeyMismatch { kid: TEXT_KID.to_owned() })?
         }
         None => {
             let new = Salt::generate()?.to_string();
@@ -415,6 +417,8 @@ async fn stretch(purpose: Purpose, store: &dyn Store, passphrase: Passphrase) ->
 /// node with another key would write what the rest of the fleet cannot read.
 async fn check_keys(purpose: Purpose, store: &dyn Store, ring: &KeyRing) -> Result<(), VaultError> {
     let fact = |kid: &str| format!("kcv:{kid}");
+    // Before the check values, which another node may be writing at this moment.
+    let used = was_used(store).await?;
     let mut known = false;
     let mut new = Vec::new();
     for kid in ring.kids() {
@@ -427,9 +431,7 @@ async fn check_keys(purpose: Purpose, store: &dyn Store, ring: &KeyRing) -> Resu
     }
     // A new key stands beside an old one until nothing needs that any more. With new keys alone nothing
     // that is stored could be read.
-    if let (Some((kid, _)), false) = (new.first(), known)
-        && was_used(store).await?
-    {
+    if let (Some((kid, _)), false, true) = (new.first(), known, used) {
         return Err(VaultError::KeyMismatch { kid: (*kid).to_owned() });
     }
     if purpose == Purpose::Use {
@@ -439,8 +441,12 @@ async fn check_keys(purpose: Purpose, store: &dyn Store, ring: &KeyRing) -> Resu
                 return Err(VaultError::KeyMismatch { kid: kid.to_owned() });
             }
         }
-        if let Some(first) = ring.kids().next() {
-            store.put_once(Fact::KeyRing, FIRST_KEY_FACT, first).await?;
+        if let Some(own) = ring.kids().next() {
+            // Of two nodes that start at the same time with different keys, one was first.
+            let first = store.put_once(Fact::KeyRing, FIRST_KEY_FACT, own).await?;
+            if !known && !ring.kids().any(|kid| kid == first) {
+                return Err(VaultError::KeyMismatch { kid: own.to_owned() });
+            }
         }
     }
     // A weak key has no check value, which would help to guess it. Where a strong one has been used,

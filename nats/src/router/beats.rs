@@ -68,7 +68,6 @@ impl Inner {
     }
 
     pub(super) async fn say_goodbye(&self) {
-        self.stopping.cancel();
         self.say(&Beat::Gone(self.bus.node().clone())).await;
         let _ = tokio::time::timeout(Duration::from_secs(1), self.bus.client().flush()).await;
     }

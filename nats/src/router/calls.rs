@@ -25,6 +25,8 @@ use crate::{
 const ANSWER_BYTES: usize = limits::RESULT_BYTES + 1024;
 /// How long a server counts as being started somewhere else as well.
 const EXPANSION: Now = Now::from_secs(3);
+/// How long calls may still take when their router stops.
+const LAST_MOMENT: Now = Now::from_millis(900);
 /// How long it is left alone after that was refused.
 const NO_EXPANSION: Now = Now::from_secs(30);
 
@@ -401,6 +403,19 @@ impl Inner {
     pub(super) async fn cut_off(self: &Arc<Self>) {
         for call in self.all_open() {
             self.advance(&call, |state| Some(state.caller.cut_off())).await;
+        }
+    }
+
+    /// This node stops: its calls have a last moment to end by themselves.
+    pub(super) async fn end_calls(self: &Arc<Self>) {
+        let end = tokio::time::Instant::now() + LAST_MOMENT;
+        while !lock(&self.open).is_empty() && tokio::time::Instant::now() < end {
+            tokio::time::sleep(Now::from_millis(10)).await;
+        }
+        for call in self.all_open() {
+            let error =
+                WorkerError::new(ErrorCode::ShuttingDown, "The gateway stopped before the call ended");
+            self.advance(&call, |state| Some(state.caller.give_up(error))).await;
         }
     }
 

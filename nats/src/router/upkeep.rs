@@ -31,8 +31,7 @@ const DONE_BATCH: usize = 256;
 impl Inner {
     /// Whether connections have stood for a while, so that an absent worker is gone.
     pub(super) fn is_settled(&self) -> bool {
-        let since = Duration::from_millis(self.connected_since.load(Ordering::Acquire));
-        self.bus.now().saturating_sub(since) >= SETTLING
+        self.bus.now() >= Duration::from_millis(self.unsettled_until.load(Ordering::Acquire))
     }
 
     /// Looks at the clock until the router leaves.
@@ -54,7 +53,7 @@ impl Inner {
             }
             if self.bus.gaps() != gaps {
                 gaps = self.bus.gaps();
-                self.connected_since.store(crate::wire::millis(now), Ordering::Release);
+                self.unsettled_until.store(crate::wire::millis(now + SETTLING), Ordering::Release);
                 self.fleet_mut().excuse(now);
             }
             match (self.is_up(), away) {
@@ -64,7 +63,7 @@ impl Inner {
                 }
                 (true, Some(_)) => {
                     away = None;
-                    self.connected_since.store(crate::wire::millis(now), Ordering::Release);
+                    self.unsettled_until.store(crate::wire::millis(now + SETTLING), Ordering::Release);
                     self.fleet_mut().excuse(now);
                 }
                 _ => {}
