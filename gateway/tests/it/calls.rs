@@ -144,7 +144,8 @@ async fn several_processes_share_the_calls() {
 #[tokio::test]
 async fn callers_beyond_the_queue_are_told_at_once() {
     let api = Deployment::start().await;
-    api.add_fixture("full", &["--more"], json!({"concurrency": 1})).await;
+    // Of other servers every worker would have a queue.
+    api.add_fixture("full", &["--more"], json!({"concurrency": 1, "scaling": "singleton"})).await;
     let calls: FuturesUnordered<_> = (0..1_100).map(|_| api.call("full", "hang", json!({}))).collect();
     let refused: Vec<_> = calls.take(10).collect().await;
     for answer in refused {
