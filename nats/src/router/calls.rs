@@ -13,7 +13,7 @@ use mcp_shared::{
 };
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 
-use super::{Inner, lock};
+use super::{BODIES_KIB, Inner, lock};
 use crate::{
     caller::{Caller, Now, Said, Step, Turn, no_worker},
     fleet::{Choice, Underway},
@@ -337,7 +337,7 @@ impl Inner {
     ) {
         let (inner, call) = (Arc::clone(self), Arc::clone(call));
         self.tasks.spawn(async move {
-            let kib = u32::try_from(total.div_ceil(1024)).unwrap_or(u32::MAX);
+            let kib = u32::try_from(total.div_ceil(1024).min(BODIES_KIB)).unwrap_or(u32::MAX);
             let room = tokio::select! {
                 room = Arc::clone(&inner.bodies).acquire_many_owned(kib) => room,
                 () = inner.stopping.cancelled() => return,

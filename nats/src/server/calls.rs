@@ -15,7 +15,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::Inner;
+use super::{BODIES_KIB, Inner};
 use crate::{
     callee::Ending,
     frames::{self, FRAME_BYTES},
@@ -122,7 +122,8 @@ impl Inner {
         if size <= FRAME_BYTES {
             return Ok(None);
         }
-        let kib = u32::try_from(size.div_ceil(1024)).unwrap_or(u32::MAX);
+        // One that is larger than all the room there is has it to itself.
+        let kib = u32::try_from(size.div_ceil(1024).min(BODIES_KIB)).unwrap_or(u32::MAX);
         let room = Arc::clone(&self.bodies).acquire_many_owned(kib).await;
         Ok(room.ok())
     }
