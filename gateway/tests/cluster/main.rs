@@ -29,6 +29,7 @@ mod smoke;
 
 mod bodies;
 mod fleet;
+mod mongodb_alone;
 mod placement;
 mod reads_after_writes;
 mod services;

@@ -116,8 +116,16 @@ impl Builder {
         self
     }
 
-    #[allow(dead_code, reason = "a cluster's tests start gateways by the builder")]
+    /// One program on a MongoDB, without a bus.
+    #[allow(dead_code, reason = "there is a MongoDB where clusters are tested")]
+    pub fn alone(mut self) -> Self {
+        self.gateways = 1;
+        self.workers = 0;
+        self.env("NATS_URL", "")
+    }
+
     /// The command that starts the program, with nothing of the test's environment but the search path.
+    #[allow(dead_code, reason = "a cluster's tests start gateways by the builder")]
     pub fn command(&self) -> Command {
         self.node_command(Program::Gateway, "")
     }
@@ -175,7 +183,7 @@ impl Builder {
             turn: AtomicUsize::new(0),
             builder: Builder { data: self.data.clone(), env: self.env.clone(), ..self },
         };
-        if crate::CLUSTER {
+        if crate::CLUSTER && api.builder.workers > 0 {
             api.sees(api.builder.workers).await;
         }
         api
