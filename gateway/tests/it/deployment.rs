@@ -206,16 +206,18 @@ impl Node {
         let mut command = builder.node_command(program, name);
         let log = builder.data.path().join(name).join("program.log");
         let stderr = File::options().create(true).append(true).open(&log).unwrap();
-        let mut child = command.stdout(Stdio::piped()).stderr(stderr).spawn().unwrap();
-        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let child = command.stdout(Stdio::piped()).stderr(stderr).spawn().unwrap();
+        // From here on it ends with the node, also if another node of the deployment does not start.
+        let mut node = Self { child, program, base: String::new(), id: String::new(), log: log.clone() };
+        let mut lines = BufReader::new(node.child.stdout.take().unwrap()).lines();
         let first = tokio::task::spawn_blocking(move || lines.next()).await.unwrap();
         let first = first.and_then(Result::ok).unwrap_or_else(|| {
             panic!("the program did not start:\n{}", std::fs::read_to_string(&log).unwrap_or_default())
         });
-        let base = first.split_whitespace().last().unwrap().to_owned();
-        assert!(base.starts_with("http://"), "{first}");
-        let id = first.split(['(', ')']).nth(1).unwrap_or_default().to_owned();
-        Self { child, program, base, id, log }
+        node.base = first.split_whitespace().last().unwrap().to_owned();
+        assert!(node.base.starts_with("http://"), "{first}");
+        node.id = first.split(['(', ')']).nth(1).unwrap_or_default().to_owned();
+        node
     }
 
     /// The process id.
