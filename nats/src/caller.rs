@@ -24,6 +24,8 @@ pub const OFFER_PATIENCE: Duration = Duration::from_secs(1);
 pub const ANSWER_GRACE: Duration = Duration::from_millis(250);
 /// How many attempts may fail for reasons that are nobody's refusal.
 const FAILURES: u32 = 3;
+/// How long a call waits for workers that are there and cannot take it right now.
+const RECOVERY: Duration = Duration::from_secs(3);
 /// The pause before an attempt that follows on two that brought nothing.
 const PAUSE: Duration = Duration::from_millis(25);
 
@@ -179,8 +181,17 @@ impl Caller {
     }
 
     /// There is no worker to choose. `why` says so, unless a worker has given a better reason before.
-    pub fn nobody(&mut self, why: WorkerError) -> Turn {
+    ///
+    /// Workers that could not take it at that moment, because they had been cut off or were just about to
+    /// read what they had missed, are asked again for a while.
+    pub fn nobody(&mut self, now: Now, why: WorkerError) -> Turn {
         if !matches!(self.phase, Phase::Choosing { .. }) {
+            return Turn::STAY;
+        }
+        let passing = self.refused.as_ref().is_some_and(|error| error.code == ErrorCode::NoWorker);
+        if passing && self.spent(now) < RECOVERY {
+            self.wish.avoid.clear();
+            self.phase = Phase::Choosing { not_before: now + RECOVERY / 20 };
             return Turn::STAY;
         }
         let error = self.refused.take().unwrap_or(why);

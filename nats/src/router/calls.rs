@@ -158,7 +158,7 @@ impl Inner {
                     self.unlist(state);
                     let now = self.bus.now();
                     let Some(choice) = self.choose(call, state, now) else {
-                        turn = state.caller.nobody(no_worker());
+                        turn = state.caller.nobody(now, no_worker());
                         continue;
                     };
                     let attempt = self.ids.next();

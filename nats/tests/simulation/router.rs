@@ -322,7 +322,7 @@ impl Router {
         let drawn = draw(&self.seen, live.caller.wish(), shared, now, server);
         let Some((worker, placing)) = drawn else {
             let why = if self.outage.is_some() { bus_unavailable() } else { no_worker() };
-            return Some(live.caller.nobody(why));
+            return Some(live.caller.nobody(now, why));
         };
         self.counter += 1;
         let id = CallId((u128::from(self.counter) << 64) | (self.index as u128 + 1));
