@@ -35,6 +35,7 @@ use crate::{
 mod beats;
 mod calls;
 mod changes;
+mod posts;
 mod questions;
 mod replies;
 mod upkeep;

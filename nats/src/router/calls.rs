@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use bytes::Bytes;
 use mcp_shared::{
     error::{ErrorCode, Outcome, WorkerError},
-    hosting::{CallOffer, Placing, Refusal},
+    hosting::Refusal,
     ids::WorkerId,
     json::RawJson,
     limits,
@@ -13,12 +13,12 @@ use mcp_shared::{
 };
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 
-use super::{BODIES_KIB, Inner, lock};
+use super::{BODIES_KIB, Inner, lock, posts::Post};
 use crate::{
     caller::{Caller, Now, Said, Step, Turn, no_worker},
     fleet::{Choice, Underway},
-    frames::{self, Assembled, Assembly, FRAME_BYTES},
-    wire::{CallId, Frame, Offer, ToRouter, ToWorker, VERSIONS, millis},
+    frames::{Assembled, Assembly, FRAME_BYTES},
+    wire::{CallId, Frame, ToRouter},
 };
 
 /// Bytes that an answer may have: a result, and what its line has around it.
@@ -33,8 +33,8 @@ const NO_EXPANSION: Now = Now::from_secs(30);
 /// One call of this router.
 pub(super) struct Call {
     first: CallId,
-    context: CallContext,
-    request: ToolCall,
+    pub(super) context: CallContext,
+    pub(super) request: ToolCall,
     state: Mutex<State>,
 }
 
@@ -85,14 +85,6 @@ impl Drop for Guard {
             self.inner.tasks.spawn_on(async move { inner.post(&call, post).await }, &self.inner.runtime);
         }
     }
-}
-
-/// A message that is to be sent.
-pub(super) enum Post {
-    Offer { worker: WorkerId, attempt: CallId, placing: Placing, spent: Now },
-    Go { worker: WorkerId, attempt: CallId },
-    Cancel { worker: WorkerId, attempt: CallId },
-    Credit { worker: WorkerId, attempt: CallId, frames: u32 },
 }
 
 impl Inner {
@@ -444,74 +436,5 @@ impl Inner {
 
     fn all_open(&self) -> Vec<Arc<Call>> {
         lock(&self.open).values().cloned().collect()
-    }
-
-    pub(super) async fn post(self: &Arc<Self>, call: &Arc<Call>, post: Vec<Post>) {
-        for message in post {
-            let sent = match message {
-                Post::Offer { worker, attempt, placing, spent } => {
-                    let offer = ToWorker::Offer(Offer {
-                        version: VERSIONS.1,
-                        request: call.context.request_id.clone(),
-                        user: call.context.user.clone(),
-                        timeout_ms: call.context.timeout.map(millis),
-                        spent_ms: millis(spent),
-                        size: call.request.arguments.as_bytes().len(),
-                        router: self.bus.node().clone(),
-                        call: CallOffer {
-                            server: call.request.server.clone(),
-                            tool: call.request.tool.clone(),
-                            progress: call.request.progress,
-                            placing,
-                        },
-                    });
-                    self.tell(&worker, attempt, &offer, &[]).await
-                }
-                Post::Go { worker, attempt } => {
-                    let arguments = call.request.arguments.bytes().clone();
-                    if frames::is_single(&arguments) {
-                        let frame = Frame { number: 0, total: arguments.len(), sha256: None };
-                        self.tell(&worker, attempt, &ToWorker::Go(frame), &arguments).await
-                    } else {
-                        let inner = Arc::clone(self);
-                        self.tasks.spawn(async move {
-                            for (frame, part) in frames::split(&arguments) {
-                                if let Err(error) =
-                                    inner.tell(&worker, attempt, &ToWorker::Go(frame), &part).await
-                                {
-                                    tracing::warn!(error.cause = %error, "arguments were not sent");
-                                    return;
-                                }
-                            }
-                        });
-                        Ok(())
-                    }
-                }
-                Post::Cancel { worker, attempt } => self.tell(&worker, attempt, &ToWorker::Cancel, &[]).await,
-                Post::Credit { worker, attempt, frames } => {
-                    self.tell(&worker, attempt, &ToWorker::Credit(frames), &[]).await
-                }
-            };
-            if let Err(error) = sent {
-                // The watch finds out what became of the call.
-                tracing::warn!(error.cause = %error, "a message was not sent");
-            }
-        }
-    }
-
-    /// Tells a worker something about an attempt or a question.
-    pub(super) async fn tell(
-        &self,
-        worker: &WorkerId,
-        id: CallId,
-        message: &ToWorker,
-        body: &[u8],
-    ) -> Result<(), crate::bus::SendError> {
-        let subject = self.bus.subjects().worker(worker, message.verb());
-        // Nobody has to hear that a worker is gone which was told to stop.
-        if matches!(message, ToWorker::Cancel) {
-            return self.bus.send(subject, &(id, message), body).await;
-        }
-        self.bus.ask(subject, self.bus.reply_to(id), &(id, message), body).await
     }
 }
