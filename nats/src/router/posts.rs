@@ -86,8 +86,9 @@ impl Inner {
         body: &[u8],
     ) -> Result<(), crate::bus::SendError> {
         let subject = self.bus.subjects().worker(worker, message.verb());
-        // Nobody has to hear that a worker is gone which was told to stop.
-        if matches!(message, ToWorker::Cancel) {
+        // Nobody has to hear that a worker is gone which was told to stop. And a worker that is gone before
+        // the credit for its answer comes has run the call: that must not look as if nobody took the GO.
+        if matches!(message, ToWorker::Cancel | ToWorker::Credit(_)) {
             return self.bus.send(subject, &(id, message), body).await;
         }
         self.bus.ask(subject, self.bus.reply_to(id), &(id, message), body).await
