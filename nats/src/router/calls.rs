@@ -50,7 +50,8 @@ struct State {
     /// Room for a large answer.
     room: Option<OwnedSemaphorePermit>,
     room_asked: bool,
-    events: mpsc::Sender<CallEvent>,
+    /// Gone with the end of the call, so that its reader sees that nothing follows.
+    events: Option<mpsc::Sender<CallEvent>>,
     /// The end has its place in the queue from the start.
     end: Option<mpsc::OwnedPermit<CallEvent>>,
     admitted: Option<oneshot::Sender<Result<(), WorkerError>>>,
@@ -113,7 +114,7 @@ impl Inner {
                 assembly: Assembly::default(),
                 room: None,
                 room_asked: false,
-                events,
+                events: Some(events),
                 end: Some(end),
                 admitted,
             }),
@@ -191,6 +192,8 @@ impl Inner {
         }
         if state.caller.is_ended() {
             state.room = None;
+            state.events = None;
+            state.end = None;
             lock(&self.open).remove(&call.first);
         }
     }
@@ -250,7 +253,9 @@ impl Inner {
                 }
                 ToRouter::Progress if going => {
                     // A reader who is slow misses some.
-                    let _ = state.events.try_send(CallEvent::Progress(RawJson::from_parsed(body)));
+                    if let Some(events) = &state.events {
+                        let _ = events.try_send(CallEvent::Progress(RawJson::from_parsed(body)));
+                    }
                     return;
                 }
                 ToRouter::Answer(frame) if going => {
