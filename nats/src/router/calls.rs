@@ -129,14 +129,27 @@ impl Inner {
 
     /// Moves a call on, and sends what follows from it.
     async fn advance(self: &Arc<Self>, call: &Arc<Call>, with: impl FnOnce(&mut State) -> Option<Turn>) {
-        let mut post = Vec::new();
-        {
-            let mut state = lock(&call.state);
-            if let Some(turn) = with(&mut state) {
-                self.apply(call, &mut state, turn, &mut post);
-            }
-        }
+        let post = self.turn(call, with);
         self.post(call, post).await;
+    }
+
+    /// Moves a call on without waiting for what follows to be sent.
+    fn nudge(self: &Arc<Self>, call: &Arc<Call>, with: impl FnOnce(&mut State) -> Option<Turn>) {
+        let post = self.turn(call, with);
+        if !post.is_empty() {
+            let (inner, call) = (Arc::clone(self), Arc::clone(call));
+            self.send_later(async move { inner.post(&call, post).await });
+        }
+    }
+
+    /// Moves a call on. Returned is what has to be sent.
+    fn turn(self: &Arc<Self>, call: &Arc<Call>, with: impl FnOnce(&mut State) -> Option<Turn>) -> Vec<Post> {
+        let mut post = Vec::new();
+        let mut state = lock(&call.state);
+        if let Some(turn) = with(&mut state) {
+            self.apply(call, &mut state, turn, &mut post);
+        }
+        post
     }
 
     /// Does what the state machine said, short of sending.
@@ -387,19 +400,19 @@ impl Inner {
     }
 
     /// A worker is gone: every call that is with it moves on.
-    pub(super) async fn worker_lost(self: &Arc<Self>, worker: &WorkerId) {
+    pub(super) fn worker_lost(self: &Arc<Self>, worker: &WorkerId) {
         tracing::warn!(%worker, "a worker was lost");
         self.fleet_mut().silent(worker);
         let now = self.bus.now();
         for call in self.all_open() {
-            self.advance(&call, |state| Some(state.caller.lost(now, worker))).await;
+            self.nudge(&call, |state| Some(state.caller.lost(now, worker)));
         }
     }
 
     /// The bus was away for too long.
-    pub(super) async fn cut_off(self: &Arc<Self>) {
+    pub(super) fn cut_off(self: &Arc<Self>) {
         for call in self.all_open() {
-            self.advance(&call, |state| Some(state.caller.cut_off())).await;
+            self.nudge(&call, |state| Some(state.caller.cut_off()));
         }
     }
 
@@ -418,23 +431,18 @@ impl Inner {
 
     /// Time goes by for every call. Returned is, for each worker that has some, which of its attempts
     /// have been silent for `silence`.
-    pub(super) async fn tick(self: &Arc<Self>, silence: Now) -> Vec<(WorkerId, Vec<CallId>)> {
+    pub(super) fn tick(self: &Arc<Self>, silence: Now) -> Vec<(WorkerId, Vec<CallId>)> {
         let now = self.bus.now();
         let mut silent: std::collections::HashMap<WorkerId, Vec<CallId>> = std::collections::HashMap::new();
         for call in self.all_open() {
-            let mut post = Vec::new();
-            {
-                let mut state = lock(&call.state);
-                let turn = state.caller.tick(now);
-                self.apply(&call, &mut state, turn, &mut post);
-                if let (Some(worker), Some(attempt)) = (state.caller.worker(), state.caller.attempt()) {
-                    let open = silent.entry(worker.clone()).or_default();
-                    if now.saturating_sub(state.heard) >= silence {
-                        open.push(attempt);
-                    }
+            self.nudge(&call, |state| Some(state.caller.tick(now)));
+            let state = lock(&call.state);
+            if let (Some(worker), Some(attempt)) = (state.caller.worker(), state.caller.attempt()) {
+                let open = silent.entry(worker.clone()).or_default();
+                if now.saturating_sub(state.heard) >= silence {
+                    open.push(attempt);
                 }
             }
-            self.post(&call, post).await;
         }
         silent.into_iter().collect()
     }
