@@ -31,7 +31,7 @@ use crate::{
     callee::{Desk, Freshness, GivenUp, OnGo, OnOffer, Reply},
     caller::{Now, no_worker},
     connect::OpenError,
-    frames::{Assembled, Assembly, WINDOW},
+    frames::{Assembled, Assembly},
     router::Router,
     wire::{self, CallId, Frame, Offer, ToRouter, ToWorker},
 };
@@ -65,6 +65,8 @@ struct Inner {
     router: Router,
     desk: Mutex<Table>,
     questions: Mutex<HashMap<CallId, Arc<Semaphore>>>,
+    /// Large answers on their way, with what their readers let come.
+    sending: Mutex<HashMap<CallId, Arc<Semaphore>>>,
     /// Set while nothing may be started: until everything was read again.
     stale: AtomicBool,
     /// [`Bus::gaps`] as of the last reading.
@@ -92,7 +94,6 @@ struct Live {
     arguments: Option<oneshot::Sender<RawJson>>,
     assembly: Assembly,
     size: usize,
-    credit: Arc<Semaphore>,
 }
 
 impl Server {
@@ -103,6 +104,7 @@ impl Server {
         let inner = Arc::new(Inner {
             desk: Mutex::default(),
             questions: Mutex::default(),
+            sending: Mutex::default(),
             stale: AtomicBool::new(true),
             gaps: AtomicU64::new(bus.gaps()),
             resync: Notify::new(),
@@ -232,17 +234,15 @@ impl Inner {
                     OnOffer::Admit => {
                         let (arguments, go) = oneshot::channel();
                         let cancelled = CancellationToken::new();
-                        let credit = Arc::new(Semaphore::new(usize::try_from(WINDOW).unwrap_or(1)));
                         let live = Live {
                             limit: Duration::ZERO,
                             cancelled: cancelled.clone(),
                             arguments: Some(arguments),
                             assembly: Assembly::default(),
                             size: offer.size,
-                            credit: Arc::clone(&credit),
                         };
                         table.live.insert(id, live);
-                        Ok(Some((go, cancelled, credit)))
+                        Ok(Some((go, cancelled)))
                     }
                     OnOffer::Say(Reply::Refuse) => Err(Refusal::Busy { error: no_worker() }),
                     // The first answer is under way.
@@ -251,8 +251,8 @@ impl Inner {
             }
         };
         match decided {
-            Ok(Some((go, cancelled, credit))) => {
-                let call = calls::Admission { id, offer, reply, go, cancelled, credit };
+            Ok(Some((go, cancelled))) => {
+                let call = calls::Admission { id, offer, reply, go, cancelled };
                 self.tasks.spawn(Arc::clone(self).admit(call));
             }
             Ok(None) => {}
@@ -295,17 +295,14 @@ impl Inner {
             }
         };
         if let (Some(again), Some(reply)) = (refusal, reply) {
-            self.say_reply(&reply, again).await;
+            self.say_reply(id, &reply, again).await;
         }
     }
 
     fn credit(&self, id: CallId, frames: u32) {
         let frames = usize::try_from(frames.min(1_024)).unwrap_or(1);
-        let credit = match self.table().live.get(&id) {
-            Some(live) => Some(Arc::clone(&live.credit)),
-            None => lock(&self.questions).get(&id).cloned(),
-        };
-        if let Some(credit) = credit {
+        let credit = lock(&self.sending).get(&id).cloned();
+        if let Some(credit) = credit.or_else(|| lock(&self.questions).get(&id).cloned()) {
             credit.add_permits(frames);
         }
     }
@@ -328,19 +325,18 @@ impl Inner {
             Reply::Wait if limit_ms > 0 => self.say(&inbox.into(), &ToRouter::Wait { limit_ms }).await,
             Reply::Accept if limit_ms > 0 => self.say(&inbox.into(), &ToRouter::Accept { limit_ms }).await,
             Reply::Wait | Reply::Accept => {}
-            other => self.say_reply(&inbox.into(), other).await,
+            other => self.say_reply(call, &inbox.into(), other).await,
         }
     }
 
-    async fn say_reply(self: &Arc<Self>, to: &Subject, reply: Reply) {
+    async fn say_reply(self: &Arc<Self>, id: CallId, to: &Subject, reply: Reply) {
         match reply {
             Reply::Refuse => {
                 self.say(to, &ToRouter::Refuse(Refusal::Busy { error: no_worker() })).await;
             }
             Reply::End(ending) => {
                 let (inner, to) = (Arc::clone(self), to.clone());
-                let credit = Arc::new(Semaphore::new(usize::try_from(WINDOW).unwrap_or(1)));
-                self.tasks.spawn(async move { inner.say_ending(&to, ending, &credit).await });
+                self.tasks.spawn(async move { inner.end(id, &to, ending).await });
             }
             Reply::Forgotten => {
                 let text = "The call ran, and its answer is not kept any more";

@@ -439,7 +439,9 @@ impl Inner {
             let state = lock(&call.state);
             if let (Some(worker), Some(attempt)) = (state.caller.worker(), state.caller.attempt()) {
                 let open = silent.entry(worker.clone()).or_default();
-                if now.saturating_sub(state.heard) >= silence {
+                // What waits for room here is not waited for there.
+                let hindered = state.room_asked && state.room.is_none();
+                if now.saturating_sub(state.heard) >= silence && !hindered {
                     open.push(attempt);
                 }
             }

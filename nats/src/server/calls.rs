@@ -15,10 +15,10 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{BODIES_KIB, Inner};
+use super::{BODIES_KIB, Inner, lock};
 use crate::{
     callee::Ending,
-    frames::{self, FRAME_BYTES},
+    frames::{self, FRAME_BYTES, WINDOW},
     wire::{CallId, Offer, ToRouter, millis},
 };
 
@@ -34,14 +34,13 @@ pub(super) struct Admission {
     pub reply: Subject,
     pub go: oneshot::Receiver<RawJson>,
     pub cancelled: CancellationToken,
-    pub credit: Arc<Semaphore>,
 }
 
 impl Inner {
     /// Looks for a place, waits for the arguments, and runs the call.
     pub(super) async fn admit(self: Arc<Self>, call: Admission) {
         let cancelled = call.cancelled.clone();
-        let (id, reply, credit) = (call.id, call.reply.clone(), Arc::clone(&call.credit));
+        let (id, reply) = (call.id, call.reply.clone());
         tokio::select! {
             // Giving up drops the place or the running call, whichever it is.
             () = cancelled.cancelled() => {}
@@ -49,7 +48,7 @@ impl Inner {
                 Ok(Some(ending)) => {
                     let wanted = self.table().desk.ended(self.bus.now(), id, &ending);
                     if wanted {
-                        self.say_ending(&reply, ending, &credit).await;
+                        self.end(id, &reply, ending).await;
                     }
                 }
                 Ok(None) => {}
@@ -128,6 +127,27 @@ impl Inner {
         Ok(room.ok())
     }
 
+    /// Sends the end of a call. Whoever asks for it again gets it from its first part on, and what was
+    /// being sent stops: credit belongs to the latest.
+    pub(super) async fn end(&self, id: CallId, to: &Subject, ending: Ending) {
+        let single = match &ending {
+            Ending::Answer(answer) => frames::is_single(answer),
+            Ending::Failed(_) => true,
+        };
+        let credit = Arc::new(Semaphore::new(usize::try_from(WINDOW).unwrap_or(1)));
+        if single {
+            return self.say_ending(to, ending, &credit).await;
+        }
+        if let Some(before) = lock(&self.sending).insert(id, Arc::clone(&credit)) {
+            before.close();
+        }
+        self.say_ending(to, ending, &credit).await;
+        let mut sending = lock(&self.sending);
+        if sending.get(&id).is_some_and(|latest| Arc::ptr_eq(latest, &credit)) {
+            sending.remove(&id);
+        }
+    }
+
     /// Sends the end of a call, in parts as the reader lets them come.
     pub(super) async fn say_ending(&self, to: &Subject, ending: Ending, credit: &Semaphore) {
         let answer = match ending {
@@ -137,7 +157,7 @@ impl Inner {
         for (frame, part) in frames::split(&answer) {
             match timeout(CREDIT, credit.acquire()).await {
                 Ok(Ok(permit)) => permit.forget(),
-                // The reader is gone, or asks again.
+                // The reader is gone, or has asked again.
                 _ => return,
             }
             self.say_with(to, &ToRouter::Answer(frame), &part).await;
