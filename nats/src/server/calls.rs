@@ -77,7 +77,7 @@ impl Inner {
         if let Some(live) = self.table().live.get_mut(&id) {
             live.limit = reservation.limit();
         }
-        let _room = {
+        let room = {
             let mut place = std::pin::pin!(async {
                 reservation.held().await?;
                 self.room(offer.size).await
@@ -96,6 +96,8 @@ impl Inner {
         }
         self.say(&reply, &ToRouter::Accept { limit_ms }).await;
         let Ok(arguments) = go.await else { return Ok(None) };
+        // They are here: others may come.
+        drop(room);
         Ok(Some(self.stream(&reply, reservation.go(arguments)).await))
     }
 
