@@ -235,7 +235,7 @@ impl Inner {
                         let (arguments, go) = oneshot::channel();
                         let cancelled = CancellationToken::new();
                         let live = Live {
-                            limit: Duration::ZERO,
+                            limit: calls::longest(&offer),
                             cancelled: cancelled.clone(),
                             arguments: Some(arguments),
                             assembly: Assembly::default(),

@@ -7,6 +7,7 @@ use mcp_shared::{
     error::ErrorCode,
     hosting::Refusal,
     json::RawJson,
+    limits,
     worker_api::{CallContext, CallEvent, CallStream},
 };
 use tokio::{
@@ -34,6 +35,12 @@ pub(super) struct Admission {
     pub reply: Subject,
     pub go: oneshot::Receiver<RawJson>,
     pub cancelled: CancellationToken,
+}
+
+/// The most time that a call may have, as far as its offer says. The server's record may say less.
+pub(super) fn longest(offer: &Offer) -> Duration {
+    let asked = offer.timeout_ms.map(Duration::from_millis);
+    asked.unwrap_or(limits::TOOL_TIMEOUT_MAX).min(limits::TOOL_TIMEOUT_MAX)
 }
 
 impl Inner {
@@ -66,13 +73,27 @@ impl Inner {
 
     async fn run(self: &Arc<Self>, call: Admission) -> Result<Option<Ending>, Refusal> {
         let Admission { id, offer, reply, go, .. } = call;
+        // What the record says is not known before the call is let in. Until then its router counts with
+        // more, and this worker ends the call in time.
+        let longest_ms = millis(longest(&offer));
         let context = CallContext {
             request_id: offer.request,
             user: offer.user,
             timeout: offer.timeout_ms.map(Duration::from_millis),
             spent: Duration::from_millis(offer.spent_ms),
         };
-        let mut reservation = self.host.reserve(context, offer.call).await?;
+        let mut reservation = {
+            let mut reserved = self.host.reserve(context, offer.call);
+            tokio::select! {
+                biased;
+                reservation = &mut reserved => reservation?,
+                // The lease of an owner that was lost has to run out first, for example.
+                () = sleep(WAITS) => {
+                    self.say(&reply, &ToRouter::Wait { limit_ms: longest_ms }).await;
+                    reserved.await?
+                }
+            }
+        };
         let limit_ms = millis(reservation.limit());
         if let Some(live) = self.table().live.get_mut(&id) {
             live.limit = reservation.limit();
