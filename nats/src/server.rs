@@ -7,7 +7,7 @@ use std::{
     collections::HashMap,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -67,9 +67,12 @@ struct Inner {
     questions: Mutex<HashMap<CallId, Arc<Semaphore>>>,
     /// Large answers on their way, with what their readers let come.
     sending: Mutex<HashMap<CallId, Arc<Semaphore>>>,
-    /// Set while nothing may be started: until everything was read again.
-    stale: AtomicBool,
-    /// [`Bus::gaps`] as of the last reading.
+    /// How often something may have been missed.
+    missed: AtomicU64,
+    /// How much of it has been made up for: everything was read after it. While that is not all, nothing
+    /// may be started.
+    made_up: AtomicU64,
+    /// [`Bus::gaps`], as far as they were noticed.
     gaps: AtomicU64,
     resync: Notify,
     bodies: Arc<Semaphore>,
@@ -105,7 +108,8 @@ impl Server {
             desk: Mutex::default(),
             questions: Mutex::default(),
             sending: Mutex::default(),
-            stale: AtomicBool::new(true),
+            missed: AtomicU64::new(1),
+            made_up: AtomicU64::new(0),
             gaps: AtomicU64::new(bus.gaps()),
             resync: Notify::new(),
             bodies: Arc::new(Semaphore::new(BODIES_KIB)),
@@ -126,7 +130,7 @@ impl Server {
 
     /// Whether calls are taken.
     pub fn is_ready(&self) -> bool {
-        self.inner.router.is_up() && !self.inner.stale.load(Ordering::Acquire)
+        self.inner.router.is_up() && !self.inner.is_stale()
     }
 
     /// Takes nothing new, sees to it that others own what this worker owns, and waits for the calls in
@@ -150,19 +154,27 @@ impl Inner {
 
     /// Whether what is read now is young, and everything older was taken in.
     fn is_fresh(&self, table: &Table, now: Now) -> bool {
-        if self.bus.gaps() != self.gaps.load(Ordering::Acquire) {
+        let gaps = self.bus.gaps();
+        if self.gaps.swap(gaps, Ordering::AcqRel) != gaps {
             self.lose_sync();
         }
         let fresh = table.fresh.is_fresh(now);
         if !fresh {
             self.lose_sync();
         }
-        fresh && !self.stale.load(Ordering::Acquire)
+        fresh && !self.is_stale()
+    }
+
+    /// Whether something may have been missed that was not read since.
+    pub(super) fn is_stale(&self) -> bool {
+        self.missed.load(Ordering::Acquire) != self.made_up.load(Ordering::Acquire)
     }
 
     /// Something may have been missed.
     fn lose_sync(&self) {
-        if !self.stale.swap(true, Ordering::AcqRel) {
+        let was_stale = self.is_stale();
+        self.missed.fetch_add(1, Ordering::AcqRel);
+        if !was_stale {
             tracing::warn!("this worker may have missed changes: it takes no calls until it has read them");
         }
         self.resync.notify_one();
@@ -397,16 +409,19 @@ impl Inner {
                 () = self.resync.notified() => {}
                 () = self.stopping.cancelled() => return,
             }
-            while self.stale.load(Ordering::Acquire) && !self.stopping.is_cancelled() {
+            while self.is_stale() && !self.stopping.is_cancelled() {
+                // What is missed while everything is read counts as missed again.
+                let missed = self.missed.load(Ordering::Acquire);
                 let (gaps, young) = (self.bus.gaps(), self.table().fresh.is_fresh(self.bus.now()));
                 // What is read before the connection is good may be old when it is.
                 if young && self.bus.is_connected() {
                     match self.host.resync().await {
                         Ok(()) if self.bus.gaps() == gaps && self.table().fresh.is_fresh(self.bus.now()) => {
-                            self.gaps.store(gaps, Ordering::Release);
-                            self.stale.store(false, Ordering::Release);
-                            tracing::info!("in step with the fleet");
-                            continue;
+                            self.made_up.store(missed, Ordering::Release);
+                            if !self.is_stale() {
+                                tracing::info!("in step with the fleet");
+                                continue;
+                            }
                         }
                         Ok(()) => {}
                         Err(error) => tracing::warn!(%error, "what is stored cannot be read"),
