@@ -128,9 +128,10 @@ impl FleetView {
         self.nodes.get(node).map(|node| now.saturating_sub(node.heard))
     }
 
-    /// Workers that must hear of changes: all that may still run something.
+    /// Workers that must hear of changes: all that may still run something. One in whose name nobody
+    /// answered may be back and at work before its next beat says so.
     pub fn workers(&self) -> Vec<WorkerId> {
-        let workers = self.nodes.values().filter(|node| node.report.role == Role::Worker && !node.silent);
+        let workers = self.nodes.values().filter(|node| node.report.role == Role::Worker);
         workers.map(|node| node.report.id.clone()).collect()
     }
 

@@ -185,6 +185,11 @@ impl Router {
         self.inner.fleet().staying(self.inner.bus.now())
     }
 
+    /// Says what this node is now, and waits until the message is on its way.
+    pub async fn show_up(&self) {
+        self.inner.show_up().await;
+    }
+
     /// Whether this node hears itself.
     pub fn is_up(&self) -> bool {
         self.inner.is_up()

@@ -415,6 +415,8 @@ impl Inner {
                 let (gaps, young) = (self.bus.gaps(), self.table().fresh.is_fresh(self.bus.now()));
                 // What is read before the connection is good may be old when it is.
                 if young && self.bus.is_connected() {
+                    // Others have to know of this worker before it reads: they tell it what comes later.
+                    self.router.show_up().await;
                     match self.host.resync().await {
                         Ok(()) if self.bus.gaps() == gaps && self.table().fresh.is_fresh(self.bus.now()) => {
                             self.made_up.store(missed, Ordering::Release);
