@@ -204,7 +204,7 @@ impl FleetView {
         }
         // The lease names somebody who does not answer: as good as lost.
         let take_over = wish.lost_owner.is_some() || wish.owner.is_some();
-        let per_user = self.is_per_user(server);
+        let per_user = live.iter().any(|node| node.report.per_user.contains(server));
         let mut owners: Vec<(&Node, &Owned)> = Vec::new();
         if !per_user && !take_over {
             for node in &live {
@@ -226,7 +226,7 @@ impl FleetView {
         let key = key(server, per_user.then_some(user));
         if owners.is_empty() || crowded {
             let candidate = self.ranked(now, &key, |node| {
-                !wish.avoid.contains(&node.report.id) && !(crowded && node.owned.contains_key(server))
+                !(wish.avoid.contains(&node.report.id) || crowded && node.owned.contains_key(server))
             });
             match candidate {
                 Some(worker) if crowded => {
@@ -281,10 +281,6 @@ impl FleetView {
         self.nodes.values().filter(move |node| {
             node.report.role == Role::Worker && !node.silent && now.saturating_sub(node.heard) < OUT_AFTER
         })
-    }
-
-    fn is_per_user(&self, server: &ServerName) -> bool {
-        self.nodes.values().any(|node| node.report.per_user.contains(server))
     }
 
     /// Rendezvous hashing, weighted by processors: every worker draws a lot for the key, and the best
