@@ -331,3 +331,6 @@ fn owned_pressure(owned: &Owned) -> f64 {
         (u32::try_from(estimate).unwrap_or(u32::MAX), u32::try_from(owned.load.slots.max(1)).unwrap_or(1));
     f64::from(estimate) / f64::from(slots)
 }
+
+#[cfg(test)]
+mod tests;
