@@ -19,6 +19,8 @@ use crate::{caller::Now, subjects::Subjects, wire};
 const SUBSCRIPTION: usize = 16_384;
 /// Commands that may wait to be written to the connection.
 const OUTBOX: usize = 512;
+/// How long a message may wait for its place among them. While there is no connection nobody makes room.
+const SENDING: Duration = Duration::from_secs(1);
 /// How often the connection is tried out.
 const PING: Duration = Duration::from_secs(5);
 
@@ -42,6 +44,17 @@ pub enum SendError {
     /// The connection does not take it.
     #[error("a message was not sent: {0}")]
     Publish(#[from] async_nats::PublishError),
+    /// Too much waits to be sent already.
+    #[error("a message was not sent: the connection takes no more")]
+    Full,
+}
+
+/// Gives what is sent a place among what waits to be written, or gives it up.
+async fn within(sent: impl Future<Output = Result<(), async_nats::PublishError>>) -> Result<(), SendError> {
+    match tokio::time::timeout(SENDING, sent).await {
+        Ok(sent) => Ok(sent?),
+        Err(_) => Err(SendError::Full),
+    }
 }
 
 impl Bus {
@@ -129,7 +142,7 @@ impl Bus {
         message: &impl Serialize,
         body: &[u8],
     ) -> Result<(), SendError> {
-        Ok(self.client.publish(subject, wire::encode(message, body)?).await?)
+        within(self.client.publish(subject, wire::encode(message, body)?)).await
     }
 
     /// Sends a message whose answers come to a subject.
@@ -140,7 +153,7 @@ impl Bus {
         message: &impl Serialize,
         body: &[u8],
     ) -> Result<(), SendError> {
-        Ok(self.client.publish_with_reply(subject, reply, wire::encode(message, body)?).await?)
+        within(self.client.publish_with_reply(subject, reply, wire::encode(message, body)?)).await
     }
 
     /// Sends bytes.
@@ -149,18 +162,18 @@ impl Bus {
         subject: impl async_nats::ToSubject,
         payload: Bytes,
     ) -> Result<(), SendError> {
-        Ok(self.client.publish(subject, payload).await?)
+        within(self.client.publish(subject, payload)).await
     }
 
     /// Waits until the server has answered: everything sent before has reached it, and subscriptions
     /// made before are in force.
     pub async fn settle(&self, limit: Duration) -> bool {
-        let echo = self.client.new_inbox();
-        let Ok(mut own) = self.client.subscribe(echo.clone()).await else { return false };
-        if self.client.publish(echo, Bytes::new()).await.is_err() {
-            return false;
-        }
-        let heard = tokio::time::timeout(limit, futures_util::StreamExt::next(&mut own)).await;
-        matches!(heard, Ok(Some(_)))
+        let heard = async {
+            let echo = self.client.new_inbox();
+            let mut own = self.client.subscribe(echo.clone()).await.ok()?;
+            self.client.publish(echo, Bytes::new()).await.ok()?;
+            futures_util::StreamExt::next(&mut own).await
+        };
+        matches!(tokio::time::timeout(limit, heard).await, Ok(Some(_)))
     }
 }

@@ -128,9 +128,10 @@ impl FleetView {
         self.nodes.get(node).map(|node| now.saturating_sub(node.heard))
     }
 
-    /// Workers that must hear of changes: all that may still run something.
+    /// Workers that must hear of changes: all that may still run something. One in whose name nobody
+    /// answered may be back and at work before its next beat says so.
     pub fn workers(&self) -> Vec<WorkerId> {
-        let workers = self.nodes.values().filter(|node| node.report.role == Role::Worker && !node.silent);
+        let workers = self.nodes.values().filter(|node| node.report.role == Role::Worker);
         workers.map(|node| node.report.id.clone()).collect()
     }
 
@@ -203,7 +204,7 @@ impl FleetView {
         }
         // The lease names somebody who does not answer: as good as lost.
         let take_over = wish.lost_owner.is_some() || wish.owner.is_some();
-        let per_user = self.is_per_user(server);
+        let per_user = live.iter().any(|node| node.report.per_user.contains(server));
         let mut owners: Vec<(&Node, &Owned)> = Vec::new();
         if !per_user && !take_over {
             for node in &live {
@@ -225,7 +226,7 @@ impl FleetView {
         let key = key(server, per_user.then_some(user));
         if owners.is_empty() || crowded {
             let candidate = self.ranked(now, &key, |node| {
-                !wish.avoid.contains(&node.report.id) && !(crowded && node.owned.contains_key(server))
+                !(wish.avoid.contains(&node.report.id) || crowded && node.owned.contains_key(server))
             });
             match candidate {
                 Some(worker) if crowded => {
@@ -282,10 +283,6 @@ impl FleetView {
         })
     }
 
-    fn is_per_user(&self, server: &ServerName) -> bool {
-        self.nodes.values().any(|node| node.report.per_user.contains(server))
-    }
-
     /// Rendezvous hashing, weighted by processors: every worker draws a lot for the key, and the best
     /// one wins. A worker that comes or goes moves only what it wins or had won. The weights do not
     /// follow the load of the moment, or views that differ by a second would rank differently.
@@ -334,3 +331,6 @@ fn owned_pressure(owned: &Owned) -> f64 {
         (u32::try_from(estimate).unwrap_or(u32::MAX), u32::try_from(owned.load.slots.max(1)).unwrap_or(1));
     f64::from(estimate) / f64::from(slots)
 }
+
+#[cfg(test)]
+mod tests;

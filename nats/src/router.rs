@@ -5,6 +5,7 @@
 
 use std::{
     collections::HashMap,
+    pin::Pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
         atomic::{AtomicU64, Ordering},
@@ -35,6 +36,7 @@ use crate::{
 mod beats;
 mod calls;
 mod changes;
+mod posts;
 mod questions;
 mod replies;
 mod upkeep;
@@ -43,6 +45,8 @@ mod upkeep;
 const OPEN_CALLS: usize = 16_384;
 /// Kibibytes of large answers that may be on their way to one router.
 const BODIES_KIB: usize = 48 * 1024;
+/// Messages of the watch that may wait for the connection.
+const ERRANDS: usize = 8_192;
 /// The bus is away when this node has not heard itself for so long.
 const ECHO_PATIENCE: Duration = Duration::from_secs(3);
 /// How long a new node waits for the others to introduce themselves.
@@ -50,6 +54,10 @@ const INTRODUCTION: Duration = Duration::from_millis(300);
 
 /// What a node says of itself, when it is asked.
 pub type Describe = Arc<dyn Fn() -> NodeReport + Send + Sync>;
+
+/// Something to send for which the watch does not wait: it has to look at the clock, above all when
+/// nothing can be sent.
+type Errand = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// A router. Cloning it shares it.
 #[derive(Clone)]
@@ -74,6 +82,7 @@ struct Inner {
     /// Servers for which another worker was asked to run them as well, and until when that counts.
     expanding: Mutex<HashMap<ServerName, Now>>,
     ids: Ids,
+    errands: mpsc::Sender<Errand>,
     bodies: Arc<Semaphore>,
     tasks: TaskTracker,
     stopping: CancellationToken,
@@ -108,6 +117,7 @@ impl Router {
     /// Joins the fleet: listens, introduces this node, and waits until the others had time to answer.
     /// `changed` makes it say at once what `describe` says then.
     pub async fn join(bus: Bus, describe: Describe, changed: watch::Receiver<()>) -> Result<Self, OpenError> {
+        let (errands, orders) = mpsc::channel(ERRANDS);
         let inner = Arc::new(Inner {
             describe,
             asked: Notify::new(),
@@ -119,6 +129,7 @@ impl Router {
             done: Mutex::default(),
             expanding: Mutex::default(),
             ids: Ids::new(),
+            errands,
             bodies: Arc::new(Semaphore::new(BODIES_KIB)),
             tasks: TaskTracker::new(),
             stopping: CancellationToken::new(),
@@ -134,6 +145,7 @@ impl Router {
         inner.tasks.spawn(Arc::clone(&inner).listen(replies));
         inner.tasks.spawn(Arc::clone(&inner).hear_beats(beats));
         inner.tasks.spawn(Arc::clone(&inner).watch());
+        inner.tasks.spawn(Arc::clone(&inner).run_errands(orders));
         inner.tasks.spawn(Arc::clone(&inner).beat(changed));
         tokio::time::sleep(INTRODUCTION).await;
         Ok(Self { inner })
@@ -171,6 +183,11 @@ impl Router {
     /// Workers that answer and stay.
     pub fn staying(&self) -> Vec<WorkerId> {
         self.inner.fleet().staying(self.inner.bus.now())
+    }
+
+    /// Says what this node is now, and waits until the message is on its way.
+    pub async fn show_up(&self) {
+        self.inner.show_up().await;
     }
 
     /// Whether this node hears itself.

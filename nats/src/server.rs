@@ -7,7 +7,7 @@ use std::{
     collections::HashMap,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -31,7 +31,7 @@ use crate::{
     callee::{Desk, Freshness, GivenUp, OnGo, OnOffer, Reply},
     caller::{Now, no_worker},
     connect::OpenError,
-    frames::{Assembled, Assembly, WINDOW},
+    frames::{Assembled, Assembly},
     router::Router,
     wire::{self, CallId, Frame, Offer, ToRouter, ToWorker},
 };
@@ -65,9 +65,14 @@ struct Inner {
     router: Router,
     desk: Mutex<Table>,
     questions: Mutex<HashMap<CallId, Arc<Semaphore>>>,
-    /// Set while nothing may be started: until everything was read again.
-    stale: AtomicBool,
-    /// [`Bus::gaps`] as of the last reading.
+    /// Large answers on their way, with what their readers let come.
+    sending: Mutex<HashMap<CallId, Arc<Semaphore>>>,
+    /// How often something may have been missed.
+    missed: AtomicU64,
+    /// How much of it has been made up for: everything was read after it. While that is not all, nothing
+    /// may be started.
+    made_up: AtomicU64,
+    /// [`Bus::gaps`], as far as they were noticed.
     gaps: AtomicU64,
     resync: Notify,
     bodies: Arc<Semaphore>,
@@ -92,7 +97,6 @@ struct Live {
     arguments: Option<oneshot::Sender<RawJson>>,
     assembly: Assembly,
     size: usize,
-    credit: Arc<Semaphore>,
 }
 
 impl Server {
@@ -103,7 +107,9 @@ impl Server {
         let inner = Arc::new(Inner {
             desk: Mutex::default(),
             questions: Mutex::default(),
-            stale: AtomicBool::new(true),
+            sending: Mutex::default(),
+            missed: AtomicU64::new(1),
+            made_up: AtomicU64::new(0),
             gaps: AtomicU64::new(bus.gaps()),
             resync: Notify::new(),
             bodies: Arc::new(Semaphore::new(BODIES_KIB)),
@@ -124,7 +130,7 @@ impl Server {
 
     /// Whether calls are taken.
     pub fn is_ready(&self) -> bool {
-        self.inner.router.is_up() && !self.inner.stale.load(Ordering::Acquire)
+        self.inner.router.is_up() && !self.inner.is_stale()
     }
 
     /// Takes nothing new, sees to it that others own what this worker owns, and waits for the calls in
@@ -148,19 +154,27 @@ impl Inner {
 
     /// Whether what is read now is young, and everything older was taken in.
     fn is_fresh(&self, table: &Table, now: Now) -> bool {
-        if self.bus.gaps() != self.gaps.load(Ordering::Acquire) {
+        let gaps = self.bus.gaps();
+        if self.gaps.swap(gaps, Ordering::AcqRel) != gaps {
             self.lose_sync();
         }
         let fresh = table.fresh.is_fresh(now);
         if !fresh {
             self.lose_sync();
         }
-        fresh && !self.stale.load(Ordering::Acquire)
+        fresh && !self.is_stale()
+    }
+
+    /// Whether something may have been missed that was not read since.
+    pub(super) fn is_stale(&self) -> bool {
+        self.missed.load(Ordering::Acquire) != self.made_up.load(Ordering::Acquire)
     }
 
     /// Something may have been missed.
     fn lose_sync(&self) {
-        if !self.stale.swap(true, Ordering::AcqRel) {
+        let was_stale = self.is_stale();
+        self.missed.fetch_add(1, Ordering::AcqRel);
+        if !was_stale {
             tracing::warn!("this worker may have missed changes: it takes no calls until it has read them");
         }
         self.resync.notify_one();
@@ -232,17 +246,15 @@ impl Inner {
                     OnOffer::Admit => {
                         let (arguments, go) = oneshot::channel();
                         let cancelled = CancellationToken::new();
-                        let credit = Arc::new(Semaphore::new(usize::try_from(WINDOW).unwrap_or(1)));
                         let live = Live {
-                            limit: Duration::ZERO,
+                            limit: calls::longest(&offer),
                             cancelled: cancelled.clone(),
                             arguments: Some(arguments),
                             assembly: Assembly::default(),
                             size: offer.size,
-                            credit: Arc::clone(&credit),
                         };
                         table.live.insert(id, live);
-                        Ok(Some((go, cancelled, credit)))
+                        Ok(Some((go, cancelled)))
                     }
                     OnOffer::Say(Reply::Refuse) => Err(Refusal::Busy { error: no_worker() }),
                     // The first answer is under way.
@@ -251,8 +263,8 @@ impl Inner {
             }
         };
         match decided {
-            Ok(Some((go, cancelled, credit))) => {
-                let call = calls::Admission { id, offer, reply, go, cancelled, credit };
+            Ok(Some((go, cancelled))) => {
+                let call = calls::Admission { id, offer, reply, go, cancelled };
                 self.tasks.spawn(Arc::clone(self).admit(call));
             }
             Ok(None) => {}
@@ -295,17 +307,14 @@ impl Inner {
             }
         };
         if let (Some(again), Some(reply)) = (refusal, reply) {
-            self.say_reply(&reply, again).await;
+            self.say_reply(id, &reply, again).await;
         }
     }
 
     fn credit(&self, id: CallId, frames: u32) {
         let frames = usize::try_from(frames.min(1_024)).unwrap_or(1);
-        let credit = match self.table().live.get(&id) {
-            Some(live) => Some(Arc::clone(&live.credit)),
-            None => lock(&self.questions).get(&id).cloned(),
-        };
-        if let Some(credit) = credit {
+        let credit = lock(&self.sending).get(&id).cloned();
+        if let Some(credit) = credit.or_else(|| lock(&self.questions).get(&id).cloned()) {
             credit.add_permits(frames);
         }
     }
@@ -328,19 +337,18 @@ impl Inner {
             Reply::Wait if limit_ms > 0 => self.say(&inbox.into(), &ToRouter::Wait { limit_ms }).await,
             Reply::Accept if limit_ms > 0 => self.say(&inbox.into(), &ToRouter::Accept { limit_ms }).await,
             Reply::Wait | Reply::Accept => {}
-            other => self.say_reply(&inbox.into(), other).await,
+            other => self.say_reply(call, &inbox.into(), other).await,
         }
     }
 
-    async fn say_reply(self: &Arc<Self>, to: &Subject, reply: Reply) {
+    async fn say_reply(self: &Arc<Self>, id: CallId, to: &Subject, reply: Reply) {
         match reply {
             Reply::Refuse => {
                 self.say(to, &ToRouter::Refuse(Refusal::Busy { error: no_worker() })).await;
             }
             Reply::End(ending) => {
                 let (inner, to) = (Arc::clone(self), to.clone());
-                let credit = Arc::new(Semaphore::new(usize::try_from(WINDOW).unwrap_or(1)));
-                self.tasks.spawn(async move { inner.say_ending(&to, ending, &credit).await });
+                self.tasks.spawn(async move { inner.end(id, &to, ending).await });
             }
             Reply::Forgotten => {
                 let text = "The call ran, and its answer is not kept any more";
@@ -401,16 +409,21 @@ impl Inner {
                 () = self.resync.notified() => {}
                 () = self.stopping.cancelled() => return,
             }
-            while self.stale.load(Ordering::Acquire) && !self.stopping.is_cancelled() {
+            while self.is_stale() && !self.stopping.is_cancelled() {
+                // What is missed while everything is read counts as missed again.
+                let missed = self.missed.load(Ordering::Acquire);
                 let (gaps, young) = (self.bus.gaps(), self.table().fresh.is_fresh(self.bus.now()));
                 // What is read before the connection is good may be old when it is.
                 if young && self.bus.is_connected() {
+                    // Others have to know of this worker before it reads: they tell it what comes later.
+                    self.router.show_up().await;
                     match self.host.resync().await {
                         Ok(()) if self.bus.gaps() == gaps && self.table().fresh.is_fresh(self.bus.now()) => {
-                            self.gaps.store(gaps, Ordering::Release);
-                            self.stale.store(false, Ordering::Release);
-                            tracing::info!("in step with the fleet");
-                            continue;
+                            self.made_up.store(missed, Ordering::Release);
+                            if !self.is_stale() {
+                                tracing::info!("in step with the fleet");
+                                continue;
+                            }
                         }
                         Ok(()) => {}
                         Err(error) => tracing::warn!(%error, "what is stored cannot be read"),

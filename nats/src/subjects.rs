@@ -66,9 +66,11 @@ impl Subjects {
         format!("{}.v1.inbox.{node}", self.prefix)
     }
 
-    /// Whether a subject is none of the fleet's own.
+    /// Whether a subject may be where a service is answered: it is none of the fleet's own, and none of
+    /// those by which NATS itself is told what to do. Workers may say more than services.
     pub fn is_foreign(&self, subject: &str) -> bool {
-        subject.strip_prefix(self.prefix.as_str()).is_none_or(|rest| !rest.starts_with(".v1."))
+        !subject.starts_with('$')
+            && subject.strip_prefix(self.prefix.as_str()).is_none_or(|rest| !rest.starts_with(".v1."))
     }
 
     /// The names that stand in the subject of a service's call, as tokens.

@@ -62,7 +62,7 @@ impl Inner {
                 () = self.stopping.cancelled() => return,
             }
             if self.bus.is_connected() {
-                self.say(&Beat::Here((self.describe)())).await;
+                self.show_up().await;
             }
         }
     }
@@ -70,6 +70,10 @@ impl Inner {
     pub(super) async fn say_goodbye(&self) {
         self.say(&Beat::Gone(self.bus.node().clone())).await;
         let _ = tokio::time::timeout(Duration::from_secs(1), self.bus.client().flush()).await;
+    }
+
+    pub(super) async fn show_up(&self) {
+        self.say(&Beat::Here((self.describe)())).await;
     }
 
     async fn say(&self, beat: &Beat) {

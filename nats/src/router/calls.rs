@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use bytes::Bytes;
 use mcp_shared::{
     error::{ErrorCode, Outcome, WorkerError},
-    hosting::{CallOffer, Placing, Refusal},
+    hosting::Refusal,
     ids::WorkerId,
     json::RawJson,
     limits,
@@ -13,12 +13,12 @@ use mcp_shared::{
 };
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 
-use super::{BODIES_KIB, Inner, lock};
+use super::{BODIES_KIB, Inner, lock, posts::Post};
 use crate::{
     caller::{Caller, Now, Said, Step, Turn, no_worker},
     fleet::{Choice, Underway},
-    frames::{self, Assembled, Assembly, FRAME_BYTES},
-    wire::{CallId, Frame, Offer, ToRouter, ToWorker, VERSIONS, millis},
+    frames::{Assembled, Assembly, FRAME_BYTES},
+    wire::{CallId, Frame, ToRouter},
 };
 
 /// Bytes that an answer may have: a result, and what its line has around it.
@@ -33,8 +33,8 @@ const NO_EXPANSION: Now = Now::from_secs(30);
 /// One call of this router.
 pub(super) struct Call {
     first: CallId,
-    context: CallContext,
-    request: ToolCall,
+    pub(super) context: CallContext,
+    pub(super) request: ToolCall,
     state: Mutex<State>,
 }
 
@@ -50,7 +50,8 @@ struct State {
     /// Room for a large answer.
     room: Option<OwnedSemaphorePermit>,
     room_asked: bool,
-    events: mpsc::Sender<CallEvent>,
+    /// Gone with the end of the call, so that its reader sees that nothing follows.
+    events: Option<mpsc::Sender<CallEvent>>,
     /// The end has its place in the queue from the start.
     end: Option<mpsc::OwnedPermit<CallEvent>>,
     admitted: Option<oneshot::Sender<Result<(), WorkerError>>>,
@@ -87,14 +88,6 @@ impl Drop for Guard {
     }
 }
 
-/// A message that is to be sent.
-pub(super) enum Post {
-    Offer { worker: WorkerId, attempt: CallId, placing: Placing, spent: Now },
-    Go { worker: WorkerId, attempt: CallId },
-    Cancel { worker: WorkerId, attempt: CallId },
-    Credit { worker: WorkerId, attempt: CallId, frames: u32 },
-}
-
 impl Inner {
     /// Takes in a new call and offers it.
     pub(super) async fn begin(
@@ -121,7 +114,7 @@ impl Inner {
                 assembly: Assembly::default(),
                 room: None,
                 room_asked: false,
-                events,
+                events: Some(events),
                 end: Some(end),
                 admitted,
             }),
@@ -136,14 +129,27 @@ impl Inner {
 
     /// Moves a call on, and sends what follows from it.
     async fn advance(self: &Arc<Self>, call: &Arc<Call>, with: impl FnOnce(&mut State) -> Option<Turn>) {
-        let mut post = Vec::new();
-        {
-            let mut state = lock(&call.state);
-            if let Some(turn) = with(&mut state) {
-                self.apply(call, &mut state, turn, &mut post);
-            }
-        }
+        let post = self.turn(call, with);
         self.post(call, post).await;
+    }
+
+    /// Moves a call on without waiting for what follows to be sent.
+    fn nudge(self: &Arc<Self>, call: &Arc<Call>, with: impl FnOnce(&mut State) -> Option<Turn>) {
+        let post = self.turn(call, with);
+        if !post.is_empty() {
+            let (inner, call) = (Arc::clone(self), Arc::clone(call));
+            self.send_later(async move { inner.post(&call, post).await });
+        }
+    }
+
+    /// Moves a call on. Returned is what has to be sent.
+    fn turn(self: &Arc<Self>, call: &Arc<Call>, with: impl FnOnce(&mut State) -> Option<Turn>) -> Vec<Post> {
+        let mut post = Vec::new();
+        let mut state = lock(&call.state);
+        if let Some(turn) = with(&mut state) {
+            self.apply(call, &mut state, turn, &mut post);
+        }
+        post
     }
 
     /// Does what the state machine said, short of sending.
@@ -199,6 +205,8 @@ impl Inner {
         }
         if state.caller.is_ended() {
             state.room = None;
+            state.events = None;
+            state.end = None;
             lock(&self.open).remove(&call.first);
         }
     }
@@ -258,7 +266,9 @@ impl Inner {
                 }
                 ToRouter::Progress if going => {
                     // A reader who is slow misses some.
-                    let _ = state.events.try_send(CallEvent::Progress(RawJson::from_parsed(body)));
+                    if let Some(events) = &state.events {
+                        let _ = events.try_send(CallEvent::Progress(RawJson::from_parsed(body)));
+                    }
                     return;
                 }
                 ToRouter::Answer(frame) if going => {
@@ -390,19 +400,19 @@ impl Inner {
     }
 
     /// A worker is gone: every call that is with it moves on.
-    pub(super) async fn worker_lost(self: &Arc<Self>, worker: &WorkerId) {
+    pub(super) fn worker_lost(self: &Arc<Self>, worker: &WorkerId) {
         tracing::warn!(%worker, "a worker was lost");
         self.fleet_mut().silent(worker);
         let now = self.bus.now();
         for call in self.all_open() {
-            self.advance(&call, |state| Some(state.caller.lost(now, worker))).await;
+            self.nudge(&call, |state| Some(state.caller.lost(now, worker)));
         }
     }
 
     /// The bus was away for too long.
-    pub(super) async fn cut_off(self: &Arc<Self>) {
+    pub(super) fn cut_off(self: &Arc<Self>) {
         for call in self.all_open() {
-            self.advance(&call, |state| Some(state.caller.cut_off())).await;
+            self.nudge(&call, |state| Some(state.caller.cut_off()));
         }
     }
 
@@ -421,97 +431,25 @@ impl Inner {
 
     /// Time goes by for every call. Returned is, for each worker that has some, which of its attempts
     /// have been silent for `silence`.
-    pub(super) async fn tick(self: &Arc<Self>, silence: Now) -> Vec<(WorkerId, Vec<CallId>)> {
+    pub(super) fn tick(self: &Arc<Self>, silence: Now) -> Vec<(WorkerId, Vec<CallId>)> {
         let now = self.bus.now();
         let mut silent: std::collections::HashMap<WorkerId, Vec<CallId>> = std::collections::HashMap::new();
         for call in self.all_open() {
-            let mut post = Vec::new();
-            {
-                let mut state = lock(&call.state);
-                let turn = state.caller.tick(now);
-                self.apply(&call, &mut state, turn, &mut post);
-                if let (Some(worker), Some(attempt)) = (state.caller.worker(), state.caller.attempt()) {
-                    let open = silent.entry(worker.clone()).or_default();
-                    if now.saturating_sub(state.heard) >= silence {
-                        open.push(attempt);
-                    }
+            self.nudge(&call, |state| Some(state.caller.tick(now)));
+            let state = lock(&call.state);
+            if let (Some(worker), Some(attempt)) = (state.caller.worker(), state.caller.attempt()) {
+                let open = silent.entry(worker.clone()).or_default();
+                // What waits for room here is not waited for there.
+                let hindered = state.room_asked && state.room.is_none();
+                if now.saturating_sub(state.heard) >= silence && !hindered {
+                    open.push(attempt);
                 }
             }
-            self.post(&call, post).await;
         }
         silent.into_iter().collect()
     }
 
     fn all_open(&self) -> Vec<Arc<Call>> {
         lock(&self.open).values().cloned().collect()
-    }
-
-    pub(super) async fn post(self: &Arc<Self>, call: &Arc<Call>, post: Vec<Post>) {
-        for message in post {
-            let sent = match message {
-                Post::Offer { worker, attempt, placing, spent } => {
-                    let offer = ToWorker::Offer(Offer {
-                        version: VERSIONS.1,
-                        request: call.context.request_id.clone(),
-                        user: call.context.user.clone(),
-                        timeout_ms: call.context.timeout.map(millis),
-                        spent_ms: millis(spent),
-                        size: call.request.arguments.as_bytes().len(),
-                        router: self.bus.node().clone(),
-                        call: CallOffer {
-                            server: call.request.server.clone(),
-                            tool: call.request.tool.clone(),
-                            progress: call.request.progress,
-                            placing,
-                        },
-                    });
-                    self.tell(&worker, attempt, &offer, &[]).await
-                }
-                Post::Go { worker, attempt } => {
-                    let arguments = call.request.arguments.bytes().clone();
-                    if frames::is_single(&arguments) {
-                        let frame = Frame { number: 0, total: arguments.len(), sha256: None };
-                        self.tell(&worker, attempt, &ToWorker::Go(frame), &arguments).await
-                    } else {
-                        let inner = Arc::clone(self);
-                        self.tasks.spawn(async move {
-                            for (frame, part) in frames::split(&arguments) {
-                                if let Err(error) =
-                                    inner.tell(&worker, attempt, &ToWorker::Go(frame), &part).await
-                                {
-                                    tracing::warn!(error.cause = %error, "arguments were not sent");
-                                    return;
-                                }
-                            }
-                        });
-                        Ok(())
-                    }
-                }
-                Post::Cancel { worker, attempt } => self.tell(&worker, attempt, &ToWorker::Cancel, &[]).await,
-                Post::Credit { worker, attempt, frames } => {
-                    self.tell(&worker, attempt, &ToWorker::Credit(frames), &[]).await
-                }
-            };
-            if let Err(error) = sent {
-                // The watch finds out what became of the call.
-                tracing::warn!(error.cause = %error, "a message was not sent");
-            }
-        }
-    }
-
-    /// Tells a worker something about an attempt or a question.
-    pub(super) async fn tell(
-        &self,
-        worker: &WorkerId,
-        id: CallId,
-        message: &ToWorker,
-        body: &[u8],
-    ) -> Result<(), crate::bus::SendError> {
-        let subject = self.bus.subjects().worker(worker, message.verb());
-        // Nobody has to hear that a worker is gone which was told to stop.
-        if matches!(message, ToWorker::Cancel) {
-            return self.bus.send(subject, &(id, message), body).await;
-        }
-        self.bus.ask(subject, self.bus.reply_to(id), &(id, message), body).await
     }
 }

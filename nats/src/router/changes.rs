@@ -2,8 +2,9 @@
 
 use std::{sync::Arc, time::Duration};
 
-use futures_util::future::join_all;
+use futures_util::future::{join, join_all};
 use mcp_shared::{error::WorkerError, ids::WorkerId, limits, worker_api::Change};
+use tokio::time::{Instant, sleep_until};
 
 use super::{
     Inner,
@@ -14,6 +15,17 @@ use crate::{caller::bus_unavailable, wire::Ask};
 /// A worker that has said nothing for so long starts nothing until it has read everything again: it is
 /// frozen, cut off or dead.
 const ACKNOWLEDGED_WITHIN: Duration = Duration::from_millis(1_100);
+
+/// How long the server may take to take in what this node sends.
+const SETTLED_WITHIN: Duration = Duration::from_secs(3);
+
+/// What became of telling a worker.
+enum Told {
+    /// It has taken the change in, or is gone.
+    Done,
+    /// It said nothing in time.
+    Silent,
+}
 
 impl Inner {
     /// Tells all workers, and waits until they have taken it in. A worker that gives no sign is waited
@@ -32,11 +44,20 @@ impl Inner {
             whole: 2 * limits::STARTUP_TIMEOUT_MAX,
         };
         let workers = self.fleet().workers();
-        let told = join_all(workers.iter().map(|worker| self.tell_change(worker, &ask, &manners))).await;
+        let telling = join_all(workers.iter().map(|worker| self.tell_change(worker, &ask, &manners)));
+        // The silence of a worker means something from when the server had what was sent: what is stuck here
+        // leaves the worker as it was, and at work.
+        let settling = async { self.bus.settle(SETTLED_WITHIN).await.then(Instant::now) };
+        let (told, settled) = join(telling, settling).await;
         if let Err(error) = self.bus.send(self.bus.subjects().event(noun, "changed"), &change, &[]).await {
             tracing::debug!(error.cause = %error, "an event was not sent");
         }
-        told.into_iter().collect()
+        let told = told.into_iter().collect::<Result<Vec<_>, _>>()?;
+        if told.iter().any(|told| matches!(told, Told::Silent)) {
+            let settled = settled.ok_or_else(bus_unavailable)?;
+            sleep_until(settled + ACKNOWLEDGED_WITHIN).await;
+        }
+        Ok(())
     }
 
     async fn tell_change(
@@ -44,19 +65,19 @@ impl Inner {
         worker: &WorkerId,
         ask: &Ask,
         manners: &Manners,
-    ) -> Result<(), WorkerError> {
+    ) -> Result<Told, WorkerError> {
         match self.question(worker, ask, manners).await {
-            Ok(_) => Ok(()),
+            Ok(_) => Ok(Told::Done),
             Err(Unanswered::Failed(error)) => Err(error),
             Err(Unanswered::Gone) => {
                 // Whoever has no subscription hears nothing else either, and reads everything again
                 // before it starts anything.
                 self.fleet_mut().silent(worker);
-                Ok(())
+                Ok(Told::Done)
             }
             Err(Unanswered::Silent) => {
                 tracing::warn!(%worker, "a worker did not acknowledge a change in time");
-                Ok(())
+                Ok(Told::Silent)
             }
         }
     }

@@ -58,7 +58,7 @@ impl Inner {
         if let Some(worker) = probed {
             // While connections are being made again, a worker may be missing for a moment.
             if self.is_settled() {
-                self.worker_lost(&worker).await;
+                self.worker_lost(&worker);
             }
         } else if !self.nobody_for_question(id) {
             self.nobody_there(id).await;
@@ -66,13 +66,16 @@ impl Inner {
     }
 
     /// Asks a worker whether it is there, and about calls.
-    pub(super) async fn probe(self: &Arc<Self>, worker: &mcp_shared::ids::WorkerId, open: Vec<CallId>) {
+    pub(super) fn probe(self: &Arc<Self>, worker: &mcp_shared::ids::WorkerId, open: Vec<CallId>) {
         let done = lock(&self.done).remove(worker).unwrap_or_default();
         let id = self.ids.next();
         lock(&self.probes).insert(id, worker.clone());
         let probe = ToWorker::Probe { router: self.bus.node().clone(), open, done };
-        if let Err(error) = self.tell(worker, id, &probe, &[]).await {
-            tracing::debug!(error.cause = %error, "a probe was not sent");
-        }
+        let (inner, worker) = (Arc::clone(self), worker.clone());
+        self.send_later(async move {
+            if let Err(error) = inner.tell(&worker, id, &probe, &[]).await {
+                tracing::debug!(error.cause = %error, "a probe was not sent");
+            }
+        });
     }
 }

@@ -6,9 +6,12 @@ use std::{
 };
 
 use bytes::Bytes;
-use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio::{
+    sync::mpsc,
+    time::{Instant, MissedTickBehavior, interval},
+};
 
-use super::{Inner, lock, replies::ECHO};
+use super::{Errand, Inner, lock, replies::ECHO};
 use crate::caller::Now;
 
 /// How often the clock is looked at.
@@ -34,6 +37,27 @@ impl Inner {
         self.bus.now() >= Duration::from_millis(self.unsettled_until.load(Ordering::Acquire))
     }
 
+    /// Sends what the watch has to say, in order.
+    pub(super) async fn run_errands(self: Arc<Self>, mut errands: mpsc::Receiver<Errand>) {
+        loop {
+            tokio::select! {
+                errand = errands.recv() => match errand {
+                    Some(errand) => errand.await,
+                    None => return,
+                },
+                () = self.stopping.cancelled() => return,
+            }
+        }
+    }
+
+    /// Has something sent as soon as the connection takes it.
+    pub(super) fn send_later(&self, errand: impl Future<Output = ()> + Send + 'static) {
+        if self.errands.try_send(Box::pin(errand)).is_err() {
+            // The watch finds out what became of the call.
+            tracing::debug!("too much waits to be sent: a message is left out");
+        }
+    }
+
     /// Looks at the clock until the router leaves.
     pub(super) async fn watch(self: Arc<Self>) {
         let mut ticks = interval(TICK);
@@ -49,7 +73,10 @@ impl Inner {
             let now = self.bus.now();
             if echoed.elapsed() >= ECHO_EVERY && self.bus.is_connected() {
                 echoed = Instant::now();
-                let _ = self.bus.publish(self.bus.reply_to(ECHO), Bytes::new()).await;
+                let bus = self.bus.clone();
+                self.send_later(async move {
+                    let _ = bus.publish(bus.reply_to(ECHO), Bytes::new()).await;
+                });
             }
             if self.bus.gaps() != gaps {
                 gaps = self.bus.gaps();
@@ -59,7 +86,7 @@ impl Inner {
             match (self.is_up(), away) {
                 (false, None) => away = Some(now),
                 (false, Some(since)) if now.saturating_sub(since) >= BUS_PATIENCE => {
-                    self.cut_off().await;
+                    self.cut_off();
                 }
                 (true, Some(_)) => {
                     away = None;
@@ -68,21 +95,21 @@ impl Inner {
                 }
                 _ => {}
             }
-            let working = self.tick(SILENT_CALL).await;
+            let working = self.tick(SILENT_CALL);
             if probed.elapsed() >= PROBE_EVERY && away.is_none() {
                 probed = Instant::now();
                 lock(&self.probes).clear();
                 for (worker, open) in working {
                     let silence = self.fleet().silence(now, &worker);
                     if silence.is_none_or(|silence| silence >= LOST_AFTER) {
-                        self.worker_lost(&worker).await;
+                        self.worker_lost(&worker);
                     } else {
-                        self.probe(&worker, open).await;
+                        self.probe(&worker, open);
                     }
                 }
                 let rest: Vec<_> = lock(&self.done).keys().cloned().collect();
                 for worker in rest {
-                    self.probe(&worker, Vec::new()).await;
+                    self.probe(&worker, Vec::new());
                 }
             } else if away.is_none() {
                 let full: Vec<_> = lock(&self.done)
@@ -91,7 +118,7 @@ impl Inner {
                     .map(|(worker, _)| worker.clone())
                     .collect();
                 for worker in full {
-                    self.probe(&worker, Vec::new()).await;
+                    self.probe(&worker, Vec::new());
                 }
             }
         }

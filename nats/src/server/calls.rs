@@ -7,6 +7,7 @@ use mcp_shared::{
     error::ErrorCode,
     hosting::Refusal,
     json::RawJson,
+    limits,
     worker_api::{CallContext, CallEvent, CallStream},
 };
 use tokio::{
@@ -15,10 +16,10 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{BODIES_KIB, Inner};
+use super::{BODIES_KIB, Inner, lock};
 use crate::{
     callee::Ending,
-    frames::{self, FRAME_BYTES},
+    frames::{self, FRAME_BYTES, WINDOW},
     wire::{CallId, Offer, ToRouter, millis},
 };
 
@@ -34,14 +35,19 @@ pub(super) struct Admission {
     pub reply: Subject,
     pub go: oneshot::Receiver<RawJson>,
     pub cancelled: CancellationToken,
-    pub credit: Arc<Semaphore>,
+}
+
+/// The most time that a call may have, as far as its offer says. The server's record may say less.
+pub(super) fn longest(offer: &Offer) -> Duration {
+    let asked = offer.timeout_ms.map(Duration::from_millis);
+    asked.unwrap_or(limits::TOOL_TIMEOUT_MAX).min(limits::TOOL_TIMEOUT_MAX)
 }
 
 impl Inner {
     /// Looks for a place, waits for the arguments, and runs the call.
     pub(super) async fn admit(self: Arc<Self>, call: Admission) {
         let cancelled = call.cancelled.clone();
-        let (id, reply, credit) = (call.id, call.reply.clone(), Arc::clone(&call.credit));
+        let (id, reply) = (call.id, call.reply.clone());
         tokio::select! {
             // Giving up drops the place or the running call, whichever it is.
             () = cancelled.cancelled() => {}
@@ -49,7 +55,7 @@ impl Inner {
                 Ok(Some(ending)) => {
                     let wanted = self.table().desk.ended(self.bus.now(), id, &ending);
                     if wanted {
-                        self.say_ending(&reply, ending, &credit).await;
+                        self.end(id, &reply, ending).await;
                     }
                 }
                 Ok(None) => {}
@@ -67,18 +73,32 @@ impl Inner {
 
     async fn run(self: &Arc<Self>, call: Admission) -> Result<Option<Ending>, Refusal> {
         let Admission { id, offer, reply, go, .. } = call;
+        // What the record says is not known before the call is let in. Until then its router counts with
+        // more, and this worker ends the call in time.
+        let longest_ms = millis(longest(&offer));
         let context = CallContext {
             request_id: offer.request,
             user: offer.user,
             timeout: offer.timeout_ms.map(Duration::from_millis),
             spent: Duration::from_millis(offer.spent_ms),
         };
-        let mut reservation = self.host.reserve(context, offer.call).await?;
+        let mut reservation = {
+            let mut reserved = self.host.reserve(context, offer.call);
+            tokio::select! {
+                biased;
+                reservation = &mut reserved => reservation?,
+                // The lease of an owner that was lost has to run out first, for example.
+                () = sleep(WAITS) => {
+                    self.say(&reply, &ToRouter::Wait { limit_ms: longest_ms }).await;
+                    reserved.await?
+                }
+            }
+        };
         let limit_ms = millis(reservation.limit());
         if let Some(live) = self.table().live.get_mut(&id) {
             live.limit = reservation.limit();
         }
-        let _room = {
+        let room = {
             let mut place = std::pin::pin!(async {
                 reservation.held().await?;
                 self.room(offer.size).await
@@ -97,6 +117,8 @@ impl Inner {
         }
         self.say(&reply, &ToRouter::Accept { limit_ms }).await;
         let Ok(arguments) = go.await else { return Ok(None) };
+        // They are here: others may come.
+        drop(room);
         Ok(Some(self.stream(&reply, reservation.go(arguments)).await))
     }
 
@@ -128,6 +150,27 @@ impl Inner {
         Ok(room.ok())
     }
 
+    /// Sends the end of a call. Whoever asks for it again gets it from its first part on, and what was
+    /// being sent stops: credit belongs to the latest.
+    pub(super) async fn end(&self, id: CallId, to: &Subject, ending: Ending) {
+        let single = match &ending {
+            Ending::Answer(answer) => frames::is_single(answer),
+            Ending::Failed(_) => true,
+        };
+        let credit = Arc::new(Semaphore::new(usize::try_from(WINDOW).unwrap_or(1)));
+        if single {
+            return self.say_ending(to, ending, &credit).await;
+        }
+        if let Some(before) = lock(&self.sending).insert(id, Arc::clone(&credit)) {
+            before.close();
+        }
+        self.say_ending(to, ending, &credit).await;
+        let mut sending = lock(&self.sending);
+        if sending.get(&id).is_some_and(|latest| Arc::ptr_eq(latest, &credit)) {
+            sending.remove(&id);
+        }
+    }
+
     /// Sends the end of a call, in parts as the reader lets them come.
     pub(super) async fn say_ending(&self, to: &Subject, ending: Ending, credit: &Semaphore) {
         let answer = match ending {
@@ -137,7 +180,7 @@ impl Inner {
         for (frame, part) in frames::split(&answer) {
             match timeout(CREDIT, credit.acquire()).await {
                 Ok(Ok(permit)) => permit.forget(),
-                // The reader is gone, or asks again.
+                // The reader is gone, or has asked again.
                 _ => return,
             }
             self.say_with(to, &ToRouter::Answer(frame), &part).await;

@@ -26,7 +26,7 @@ impl Inner {
                 () = self.stopping.cancelled() => return,
             }
             pause = EVERY;
-            if !self.router.is_up() || self.stale.load(std::sync::atomic::Ordering::Acquire) {
+            if !self.router.is_up() || self.is_stale() {
                 continue;
             }
             let report = self.host.describe();

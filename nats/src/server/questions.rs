@@ -33,6 +33,10 @@ impl Inner {
                 // It was asked again because no sign had come.
                 Some(ToRouter::Alive)
             } else if questions.len() >= OPEN_QUESTIONS {
+                if matches!(ask, Ask::Invalidate { .. }) {
+                    // The change stands in the store whatever is answered here.
+                    self.lose_sync();
+                }
                 let error = WorkerError::new(ErrorCode::Overloaded, "This worker has too much to do");
                 Some(ToRouter::Failed(error.retry_after(Duration::from_secs(1))))
             } else {

@@ -57,6 +57,7 @@ const PAUSE: Duration = Duration::from_millis(10);
 pub struct NatsServer {
     process: Process,
     config: String,
+    environment: Vec<(String, String)>,
 }
 
 impl NatsServer {
@@ -67,9 +68,20 @@ impl NatsServer {
     ///
     /// When it cannot be obtained or does not start; the panic has its last lines.
     pub fn start(config: &str) -> Self {
+        Self::start_with(config, &[])
+    }
+
+    /// Starts one with environment variables, which its configuration may name: passwords, for example.
+    ///
+    /// # Panics
+    ///
+    /// As [`NatsServer::start`].
+    pub fn start_with(config: &str, environment: &[(&str, &str)]) -> Self {
         let folder = RunFolder::new("nats");
         let ports = folder.path.clone();
-        let mut server = Self { process: Process::new(folder), config: config.to_owned() };
+        let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
+        let environment = environment.iter().map(owned).collect();
+        let mut server = Self { process: Process::new(folder), config: config.to_owned(), environment };
         server.launch("-1");
         let name = format!("_{}.ports", server.pid());
         let port = server.process.wait_for("its port", || {
@@ -93,7 +105,7 @@ impl NatsServer {
         );
         fs::write(&file, config).expect("the target folder can be written");
         let mut command = Command::new(nats_binary());
-        command.arg("-c").arg(file);
+        command.arg("-c").arg(file).envs(self.environment.iter().map(|(name, value)| (name, value)));
         self.process.launch(command);
     }
 
