@@ -52,6 +52,16 @@ pub fn run(choices: Vec<u8>, single: bool, misdeed: Misdeed) -> World {
     // What is still on its way must do no harm either.
     let until = world.shared.now + Duration::from_secs(6);
     world.run(until);
+    while world.workers.iter().any(|worker| worker.frozen || worker.busy() > 0)
+        && world.shared.now < Duration::from_secs(45)
+    {
+        let until = world.shared.now.max(until) + Duration::from_secs(3);
+        world.run(until);
+        world.shared.now = until;
+        if world.shared.history.violation.is_some() {
+            break;
+        }
+    }
     if world.shared.history.violation.is_none() {
         world.judge();
     }

@@ -8,6 +8,7 @@ mod drawn;
 mod history;
 mod listed;
 mod router;
+mod scenes;
 mod store;
 mod worker;
 mod world;
