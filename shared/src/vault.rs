@@ -417,8 +417,6 @@ async fn stretch(purpose: Purpose, store: &dyn Store, passphrase: Passphrase) ->
 /// node with another key would write what the rest of the fleet cannot read.
 async fn check_keys(purpose: Purpose, store: &dyn Store, ring: &KeyRing) -> Result<(), VaultError> {
     let fact = |kid: &str| format!("kcv:{kid}");
-    // Before the check values, which another node may be writing at this moment.
-    let used = was_used(store).await?;
     let mut known = false;
     let mut new = Vec::new();
     for kid in ring.kids() {
@@ -429,9 +427,16 @@ async fn check_keys(purpose: Purpose, store: &dyn Store, ring: &KeyRing) -> Resu
             None => new.push((kid, own)),
         }
     }
+    // The first key that was ever used here. Of several nodes that start at the same time, one was first.
+    let first = match (purpose, ring.kids().next()) {
+        (Purpose::Use, Some(own)) => Some(store.put_once(Fact::KeyRing, FIRST_KEY_FACT, own).await?),
+        _ => store.fact(Fact::KeyRing, FIRST_KEY_FACT).await?,
+    };
     // A new key stands beside an old one until nothing needs that any more. With new keys alone nothing
-    // that is stored could be read.
-    if let (Some((kid, _)), false, true) = (new.first(), known, used) {
+    // that is stored could be read. (The first key has no check value where a first start was cut short.)
+    if let (Some((kid, _)), false, Some(first)) = (new.first(), known, &first)
+        && !ring.kids().any(|kid| kid == first)
+    {
         return Err(VaultError::KeyMismatch { kid: (*kid).to_owned() });
     }
     if purpose == Purpose::Use {
@@ -439,13 +444,6 @@ async fn check_keys(purpose: Purpose, store: &dyn Store, ring: &KeyRing) -> Resu
             // Another node may have been faster, with another key.
             if store.put_once(Fact::KeyRing, &fact(kid), &own).await? != own {
                 return Err(VaultError::KeyMismatch { kid: kid.to_owned() });
-            }
-        }
-        if let Some(own) = ring.kids().next() {
-            // Of two nodes that start at the same time with different keys, one was first.
-            let first = store.put_once(Fact::KeyRing, FIRST_KEY_FACT, own).await?;
-            if !known && !ring.kids().any(|kid| kid == first) {
-                return Err(VaultError::KeyMismatch { kid: own.to_owned() });
             }
         }
     }
