@@ -143,6 +143,10 @@ impl Hold {
                         return Err(Denied::Held(owner));
                     }
                 }
+                (Err(Denied::Held(owner)), None) => {
+                    self.leases.suspect(&owner);
+                    return Err(Denied::Held(owner));
+                }
                 (taken, _) => return taken,
             }
         }

@@ -32,23 +32,7 @@ impl Leases {
     /// Waits until it is certain whether a worker is lost, at most until the deadline; `true`: it is, and
     /// can never renew again. All who ask about one worker share one look at it.
     pub(super) async fn outlived(self: &Arc<Self>, other: &WorkerId, deadline: Instant) -> bool {
-        let mut verdict = {
-            let mut watches = lock(&self.watches);
-            let watch = watches.entry(other.clone()).or_insert_with(|| {
-                let (sender, receiver) = watch::channel(None);
-                let (leases, other) = (Arc::clone(self), other.clone());
-                self.tasks.spawn(async move {
-                    let gone = tokio::select! {
-                        gone = leases.watch(&other) => gone,
-                        () = leases.closed.cancelled() => false,
-                    };
-                    lock(&leases.watches).remove(&other);
-                    sender.send_replace(Some(gone));
-                });
-                receiver
-            });
-            watch.clone()
-        };
+        let mut verdict = self.suspect(other);
         let decided = timeout_at(deadline, async {
             let gone = verdict.wait_for(Option::is_some).await.map(|gone| *gone == Some(true));
             gone.unwrap_or_else(|_| {
@@ -58,6 +42,26 @@ impl Leases {
             })
         });
         decided.await.unwrap_or(false)
+    }
+
+    /// Begins to look whether a worker is lost, unless somebody looks already. An owner may be cut off from
+    /// the store while it still answers on the bus, where nobody takes it for lost.
+    pub(super) fn suspect(self: &Arc<Self>, other: &WorkerId) -> watch::Receiver<Option<bool>> {
+        let mut watches = lock(&self.watches);
+        let watch = watches.entry(other.clone()).or_insert_with(|| {
+            let (sender, receiver) = watch::channel(None);
+            let (leases, other) = (Arc::clone(self), other.clone());
+            self.tasks.spawn(async move {
+                let gone = tokio::select! {
+                    gone = leases.watch(&other) => gone,
+                    () = leases.closed.cancelled() => false,
+                };
+                lock(&leases.watches).remove(&other);
+                sender.send_replace(Some(gone));
+            });
+            receiver
+        });
+        watch.clone()
     }
 
     /// Looks at a worker until its lease changes or has been the same for too long.
