@@ -50,6 +50,8 @@ const OPEN_CALLS: usize = 16_384;
 const OPEN_QUESTIONS: usize = 1_024;
 /// Kibibytes of large arguments that may be on their way to one worker.
 const BODIES_KIB: usize = 48 * 1024;
+/// How often everything is read again although nothing seems to have been missed.
+const REREAD: Duration = Duration::from_secs(30);
 /// How long a new worker listens to changes before it reads what is stored: a change that was made
 /// before others knew of it is read then.
 const LISTENING: Duration = Duration::from_millis(300);
@@ -407,6 +409,12 @@ impl Inner {
         loop {
             tokio::select! {
                 () = self.resync.notified() => {}
+                // A change that was stored by somebody who died before telling of it is found like this.
+                () = tokio::time::sleep(REREAD) => {
+                    if let Err(error) = self.host.resync().await {
+                        tracing::warn!(%error, "what is stored cannot be read");
+                    }
+                }
                 () = self.stopping.cancelled() => return,
             }
             while self.is_stale() && !self.stopping.is_cancelled() {

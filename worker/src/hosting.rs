@@ -84,9 +84,10 @@ impl Hosting for Worker {
         }
         for name in names {
             match self.server_changed(&name).await {
-                // It was logged, and stays as it was until somebody mends it.
-                Err(error) if error.code == ErrorCode::SecretIntegrity => {}
-                changed => changed?,
+                Err(error) if error.code == ErrorCode::StoreUnavailable => return Err(error),
+                // One record that cannot be read must not keep the others from being served. It was
+                // logged, and stays as it was until somebody mends it.
+                Err(_) | Ok(()) => {}
             }
         }
         for entry in self.entries() {

@@ -4,10 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use async_nats::Subject;
 use bytes::Bytes;
-use mcp_shared::{
-    error::{ErrorCode, WorkerError},
-    worker_api::Change,
-};
+use mcp_shared::error::{ErrorCode, WorkerError};
 use serde::Serialize;
 use tokio::{
     sync::Semaphore,
@@ -78,13 +75,12 @@ impl Inner {
             Ask::Report { server } => written(&self.host.report(&server).await?),
             Ask::Reports => written(&self.host.reports().await?),
             Ask::Invalidate { change } => {
-                let told = self.host.announce(change.clone()).await;
-                if let (Err(error), Change::Server { server }) = (&told, &change) {
-                    // What could not be read now is read before the next call.
-                    tracing::warn!(%server, %error, "a change was not taken in");
+                if let Err(error) = self.host.announce(change).await {
+                    // What could not be read now is read before the next call: nothing is started with what
+                    // was known before, so whoever made the change need not wait for it.
+                    tracing::warn!(%error, "a change was not taken in");
                     self.lose_sync();
                 }
-                told?;
                 written(&())
             }
         }
