@@ -1,6 +1,6 @@
 //! What handlers share.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use axum::{body::Body, extract::FromRequestParts};
 use bytes::Bytes;
@@ -9,10 +9,11 @@ use mcp_shared::{
     error::{ErrorCode, WorkerError},
     fleet::NodeReport,
     ids::{RequestId, ServerName, UserId},
+    json::RawJson,
     limits,
     store::StoreError,
     vault::{Vault, VaultError},
-    worker_api::{CallContext, Change, WorkerApi},
+    worker_api::{CallContext, Change, ServerReport, ServerStatus, WorkerApi},
 };
 use tokio_util::task::TaskTracker;
 
@@ -75,6 +76,12 @@ impl App {
         write: impl Future<Output = Result<T, VaultError>> + Send + 'static,
     ) -> Result<Result<T, VaultError>, Problem> {
         let worker = Arc::clone(&self.worker);
+        // What could not be announced should not be written.
+        if let Err(error) = worker.ready().await
+            && error.code == ErrorCode::BusUnavailable
+        {
+            return Err(error.into());
+        }
         let step = self.changes.spawn(async move {
             let written = write.await;
             // A write that got no answer in time may have happened all the same.
@@ -90,6 +97,28 @@ impl App {
             (Ok(_), Err(error)) => Err(error.into()),
             (written, _) => Ok(written),
         }
+    }
+
+    /// What is known about all servers. Listings of which no worker knows better are those of the store:
+    /// a server has its tools whether or not anybody runs it right now.
+    pub async fn reports(&self) -> Result<HashMap<ServerName, ServerReport>, Problem> {
+        let mut reports: HashMap<_, _> =
+            self.worker.reports().await?.into_iter().map(|report| (report.name.clone(), report)).collect();
+        for stored in self.vault.tools().await? {
+            let (None, Ok(tools)) = (stored.user, RawJson::parse(stored.tools)) else { continue };
+            let report = reports.entry(stored.server.clone()).or_insert_with(|| ServerReport {
+                name: stored.server,
+                status: ServerStatus::Disconnected,
+                tools: None,
+                logs: Vec::new(),
+                instances: Vec::new(),
+                listed: None,
+            });
+            if report.listed.is_none() {
+                report.tools = Some(tools);
+            }
+        }
+        Ok(reports)
     }
 
     /// Reads a JSON body within this program's limit.

@@ -1,6 +1,6 @@
 //! `/mcp/servers`.
 
-use std::{collections::HashMap, sync::Arc};
+use std::sync::Arc;
 
 use axum::{body::Body, extract::State, response::Response};
 use http::{HeaderMap, StatusCode};
@@ -32,8 +32,7 @@ const ATTEMPTS: usize = 5;
 /// `GET /mcp/servers`.
 pub async fn list(State(app): State<Arc<App>>) -> Result<Response, Problem> {
     let servers = app.vault.servers().await?;
-    let reports: HashMap<ServerName, ServerReport> =
-        app.worker.reports().await?.into_iter().map(|report| (report.name.clone(), report)).collect();
+    let reports = app.reports().await?;
     let views = servers
         .iter()
         .map(|server| view(&server.value, reports.get(&server.value.name), Detail::Summary))
@@ -168,6 +167,9 @@ impl App {
                     Err(VaultError::Store(StoreError::NotFound)) => return Err(missing().into()),
                     Err(error) => return Err(error.into()),
                 }
+            } else {
+                // It may have been stored and never announced, when whoever stored it was cut off.
+                self.worker.announce(Change::Server { server: name.clone() }).await?;
             }
             let report = self.running(&next, user).await?;
             return self.answer(&next, report, Detail::Full).await;
@@ -182,8 +184,14 @@ impl App {
         }
         match self.worker.start_server(user, &record.name).await {
             Ok(report) => Ok(Some(report)),
-            // Somebody disabled or removed it meanwhile: the answer shows that.
-            Err(error) if matches!(error.code, ErrorCode::ServerDisabled | ErrorCode::ServerNotFound) => {
+            // Somebody disabled or removed it meanwhile, or there is no worker yet that could run what is
+            // stored by now: the answer shows that.
+            Err(error)
+                if matches!(
+                    error.code,
+                    ErrorCode::ServerDisabled | ErrorCode::ServerNotFound | ErrorCode::NoWorker
+                ) =>
+            {
                 Ok(None)
             }
             Err(error) => Err(error.into()),

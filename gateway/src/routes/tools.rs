@@ -1,6 +1,6 @@
 //! `/mcp/tool/call` and `/mcp/tools`.
 
-use std::{collections::HashMap, convert::Infallible, sync::Arc, time::Duration};
+use std::{convert::Infallible, sync::Arc, time::Duration};
 
 use axum::{
     body::Body,
@@ -72,8 +72,7 @@ async fn read_call(
 /// `GET /mcp/tools`: the tools of all enabled servers, also of those that do not run right now.
 pub async fn list(State(app): State<Arc<App>>) -> Result<Response, Problem> {
     let servers = app.vault.servers().await?;
-    let reports = app.worker.reports().await?;
-    let tools: HashMap<_, _> = reports.into_iter().map(|report| (report.name, report.tools)).collect();
+    let reports = app.reports().await?;
     let mut out = b"{\"success\":true,\"tools\":[".to_vec();
     for (at, server) in servers.iter().filter(|server| server.value.enabled).enumerate() {
         if at > 0 {
@@ -82,7 +81,7 @@ pub async fn list(State(app): State<Arc<App>>) -> Result<Response, Problem> {
         out.push(b'{');
         serde_json::to_writer(&mut out, &server.value.name).map_err(WorkerError::internal)?;
         out.push(b':');
-        match tools.get(&server.value.name).and_then(Option::as_ref) {
+        match reports.get(&server.value.name).and_then(|report| report.tools.as_ref()) {
             Some(tools) => out.extend_from_slice(tools.as_bytes()),
             None => out.extend_from_slice(b"[]"),
         }
