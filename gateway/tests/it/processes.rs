@@ -245,13 +245,21 @@ async fn exits_at_the_same_time_keep_nobody_from_cleaning_up() {
     all_gone("after SIGKILL", &[escaped, supervisor]).await;
 }
 
-/// The supervisors of some servers: one in a program, so several in a cluster.
-async fn supervisors(api: &Deployment, servers: &[&str]) -> BTreeSet<i32> {
-    let mut supervisors = BTreeSet::new();
-    for server in servers {
-        supervisors.extend(api.pids(server).await.into_iter().map(parent));
-    }
-    supervisors
+/// The supervisors: one for each program that owns servers.
+fn supervisors(api: &Deployment) -> Vec<i32> {
+    let processes = std::fs::read_dir("/proc").unwrap().filter_map(|entry| {
+        let name = entry.unwrap().file_name();
+        name.to_str()?.parse::<i32>().ok()
+    });
+    let owners = api.owners();
+    processes.filter(|pid| alive(*pid) && owners.contains(&parent_of(*pid))).collect()
+}
+
+/// The parent of a process that may be gone; 0 then.
+fn parent_of(pid: i32) -> i32 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let fields = stat.rsplit_once(')').map(|(_, fields)| fields.split_whitespace());
+    fields.and_then(|mut fields| fields.nth(1)?.parse().ok()).unwrap_or_default()
 }
 
 /// Direct children die with the supervisor; what they started elsewhere is found by its mark.
@@ -259,7 +267,7 @@ async fn supervisors(api: &Deployment, servers: &[&str]) -> BTreeSet<i32> {
 async fn a_lost_supervisor_leaves_no_process_behind() {
     let api = Deployment::start().await;
     let pids = family(&api).await;
-    for supervisor in supervisors(&api, &FAMILY).await {
+    for supervisor in supervisors(&api) {
         send(supervisor, Signal::SIGKILL);
     }
     all_gone("without their supervisor", &pids).await;
@@ -271,7 +279,7 @@ async fn a_lost_supervisor_is_replaced() {
     api.add_fixture("one", &["--linger"], json!({})).await;
     api.add_fixture("two", &["--ignore-stop"], json!({})).await;
     let pids = [api.pids("one").await[0], api.pids("two").await[0]];
-    let lost = supervisors(&api, &["one", "two"]).await;
+    let lost = supervisors(&api);
     let in_flight = api.call("one", "sleep", json!({"ms": 20_000}));
     let (answer, ()) = tokio::join!(in_flight, async {
         eventually("the call is in flight", async || in_flight_of(&api, "one").await == 1).await;
