@@ -9,6 +9,7 @@ use mcp_shared::testing::services::{self, NatsServer};
 use serde_json::json;
 
 use crate::{
+    allocations::Counter,
     bus::Responder,
     cost::{Meter, Meters, varz},
     deployment::{Cluster, Deployment},
@@ -41,6 +42,9 @@ pub struct Options {
     /// Only this path, for a look with a profiler; may be given more than once.
     #[arg(long, value_enum)]
     only: Vec<Path>,
+    /// Also counts allocations, in a run of its own whose speed is not looked at. Needs `cc`.
+    #[arg(long)]
+    allocations: bool,
     /// The folder of `mcp-gateway` and `mcp-worker`; without it the one of this program.
     #[arg(long)]
     programs: Option<PathBuf>,
@@ -137,6 +141,9 @@ pub async fn run(options: &Options) -> Result<()> {
     }
     table::load_average("at the end");
     bench.end(tracks).await?;
+    if options.allocations {
+        bench.allocations().await?;
+    }
     Ok(())
 }
 
@@ -235,6 +242,43 @@ impl<'a> Bench<'a> {
             Target::Http(deployment) => deployment.load(callers, &self.body, time).await,
             Target::Nats { responder, trips } => responder.load(callers, *trips, &self.body, time).await,
         }
+    }
+
+    /// Counts allocations of gateway and worker in processes of their own.
+    async fn allocations(&self) -> Result<()> {
+        let counter = Counter::build().await?;
+        let env = |program: &str| counter.env(program);
+        let single = Deployment::single(&self.folder, env).await?;
+        let files =
+            |kind: &str, count: u16| (0..count).map(|at| counter.file(&format!("{kind}-{at}"))).collect();
+        let cluster = Deployment::cluster(&self.folder, &self.cluster(), env).await?;
+        let (gateways, workers): (Vec<_>, Vec<_>) =
+            (files("gateway", self.options.gateways), files("worker", self.options.workers));
+        let single_meters = vec![
+            ("gateway", Meter::Allocations(vec![counter.file("gateway")])),
+            ("gateway bytes", Meter::Allocated(vec![counter.file("gateway")])),
+        ];
+        let cluster_meters = vec![
+            ("gateway", Meter::Allocations(gateways.clone())),
+            ("gateway bytes", Meter::Allocated(gateways)),
+            ("worker", Meter::Allocations(workers.clone())),
+            ("worker bytes", Meter::Allocated(workers)),
+        ];
+        let mut tracks = Vec::new();
+        for (path, target, meters) in
+            [(Path::Single, single, single_meters), (Path::Cluster, cluster, cluster_meters)]
+        {
+            let meters = Meters::new(meters, None).await?;
+            tracks.push(Track { path, target: Target::Http(target), meters });
+        }
+        let mut costs = Vec::new();
+        for callers in &self.options.callers {
+            for (path, _, cost) in self.rounds(&tracks, *callers, 1).await? {
+                costs.push((*callers, path, cost));
+            }
+        }
+        table::allocations(&costs);
+        self.end(tracks).await
     }
 
     async fn end(&self, tracks: Vec<Track>) -> Result<()> {

@@ -2,13 +2,14 @@
 
 use std::{
     future::Future,
+    path::PathBuf,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result};
 use serde_json::Value;
 
-use crate::{client::Client, measure::Sample};
+use crate::{allocations, client::Client, measure::Sample};
 
 /// Microseconds of one tick in `/proc/PID/stat`, which Linux shows in hundredths of a second.
 const TICK_MICROS: f64 = 10_000.0;
@@ -21,6 +22,10 @@ pub enum Meter {
     Processor(Vec<u32>),
     /// A member of what NATS says of itself.
     Nats(&'static str),
+    /// Allocations and their bytes, as counted by [`allocations`].
+    Allocations(Vec<PathBuf>),
+    /// The same for the bytes.
+    Allocated(Vec<PathBuf>),
 }
 
 /// Counters with their names.
@@ -81,6 +86,8 @@ impl Meters {
         let read = |(_, meter): &(_, Meter)| match meter {
             Meter::Processor(processes) => processes.iter().map(|id| processor_time(*id)).sum(),
             Meter::Nats(name) => nats[name].as_f64().with_context(|| format!("NATS has no {name}")),
+            Meter::Allocations(files) => files.iter().map(|file| Ok(allocations::read(file)?.0)).sum(),
+            Meter::Allocated(files) => files.iter().map(|file| Ok(allocations::read(file)?.1)).sum(),
         };
         self.meters.iter().map(read).collect()
     }

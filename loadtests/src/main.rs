@@ -2,6 +2,7 @@
 // A command-line program speaks on its standard output.
 #![allow(clippy::print_stdout)]
 
+mod allocations;
 mod bus;
 mod calls;
 mod client;

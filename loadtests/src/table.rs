@@ -112,6 +112,27 @@ pub fn costs(rows: &[(u16, Path, Costs)]) {
     }
 }
 
+/// Allocations.
+pub fn allocations(rows: &[(u16, Path, Costs)]) {
+    println!("\none call: allocations of each process and their bytes");
+    let columns = ["gateway", "gateway bytes", "worker", "worker bytes"];
+    print!("{:>7}  {:<14}", "callers", "path");
+    for name in columns {
+        print!(" {name:>14}");
+    }
+    println!();
+    for (callers, path, costs) in rows {
+        print!("{callers:>7}  {:<14}", path.name());
+        for name in columns {
+            match costs.get(name) {
+                Some(value) => print!(" {value:>14.1}"),
+                None => print!(" {:>14}", "-"),
+            }
+        }
+        println!();
+    }
+}
+
 /// The most memory that processes have had.
 pub fn memory(path: Path, kind: &str, processes: &[u32]) -> Result<()> {
     for process in processes {
