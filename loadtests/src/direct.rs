@@ -22,7 +22,7 @@ use crate::measure::{Sample, closed_loop};
 /// An echo server of our own with one connection.
 pub struct Server {
     connection: Arc<Connection>,
-    _process: Child,
+    process: Child,
 }
 
 struct Connection {
@@ -60,7 +60,12 @@ impl Server {
         connection.request(hello).await?;
         let ready = b"{\"jsonrpc\":\"2.0\",\"method\":\"notifications/initialized\"}\n".to_vec();
         connection.outbox.send(ready).await?;
-        Ok(Self { connection, _process: process })
+        Ok(Self { connection, process })
+    }
+
+    /// Its process.
+    pub fn process(&self) -> Option<u32> {
+        self.process.id()
     }
 
     /// Calls `echo` from so many callers at once.

@@ -1,17 +1,22 @@
-//! `mcp-loadtests`: measures the program against the floor, side by side in one run.
+//! `mcp-loadtests`: measures the programs against the floors, side by side in one run.
 // A command-line program speaks on its standard output.
 #![allow(clippy::print_stdout)]
 
+mod allocations;
+mod bus;
+mod calls;
+mod client;
+mod cost;
+mod deployment;
 mod direct;
-mod gateway;
 mod measure;
+mod table;
 
-use std::{path::PathBuf, process::ExitCode, time::Duration};
+use std::{future::Future, process::ExitCode};
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::{Parser, Subcommand};
-
-use crate::measure::{Sample, Summary};
+use tokio::signal::unix::{SignalKind, signal};
 
 /// Load tests for mcp-api.
 #[derive(Parser)]
@@ -23,30 +28,23 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Calls a small echo server through the gateway and directly over stdio, in turns.
-    Calls {
-        /// Callers at once; may be given more than once.
-        #[arg(long, default_values_t = [1, 64])]
-        callers: Vec<usize>,
-        /// Seconds of each measurement.
-        #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=60))]
-        seconds: u64,
-        /// How often the measurements are repeated in turn; medians are printed.
-        #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=20))]
-        rounds: u64,
-        /// Bytes of the text that is echoed.
-        #[arg(long, default_value_t = 100)]
-        bytes: usize,
-        /// The program; without it the one beside this one.
-        #[arg(long)]
-        gateway: Option<PathBuf>,
-    },
+    /// Calls a small echo server in turns: directly over stdio, through a single node, and through a
+    /// cluster; and sends as much through a bare NATS.
+    Calls(calls::Options),
     /// Is the echo server (used by `calls`).
     #[command(hide = true)]
     EchoServer {
         /// Flags of the fixture server.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         flags: Vec<String>,
+    },
+    /// Answers on NATS what it is sent (used by `calls`).
+    #[command(hide = true)]
+    NatsResponder {
+        /// Where NATS is.
+        url: String,
+        /// What to listen to.
+        subject: String,
     },
 }
 
@@ -56,9 +54,8 @@ fn main() -> ExitCode {
             let status = mcp_shared::testing::fixture::run(&flags);
             return u8::try_from(status).map_or(ExitCode::FAILURE, ExitCode::from);
         }
-        Command::Calls { callers, seconds, rounds, bytes, gateway } => {
-            calls(&callers, Duration::from_secs(seconds), rounds, bytes, gateway)
-        }
+        Command::NatsResponder { url, subject } => run(bus::respond(&url, subject)),
+        Command::Calls(options) => run(calls::run(&options)),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -69,40 +66,15 @@ fn main() -> ExitCode {
     }
 }
 
-fn calls(
-    callers: &[usize],
-    time: Duration,
-    rounds: u64,
-    bytes: usize,
-    program: Option<PathBuf>,
-) -> Result<()> {
+/// Runs until it is done or told to stop. Either way what it started is ended with it.
+fn run(work: impl Future<Output = Result<()>>) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {
-        let text = "x".repeat(bytes);
-        let direct = direct::Server::start().await?;
-        let gateway = gateway::Gateway::start(program).await?;
-        println!("closed loop, {bytes} byte text, {rounds} rounds of {} s each, medians", time.as_secs());
-        println!(
-            "{:>7}  {:<14} {:>10} {:>9} {:>9} {:>7}",
-            "callers", "path", "calls/s", "p50 ms", "p99 ms", "ratio"
-        );
-        for &callers in callers {
-            let (mut floor, mut ours): (Vec<Sample>, Vec<Sample>) = (Vec::new(), Vec::new());
-            for _ in 0..rounds {
-                floor.push(direct.load(callers, &text, time).await?);
-                ours.push(gateway.load(callers, &text, time).await?);
-            }
-            let (floor, ours) = (Summary::median(&floor), Summary::median(&ours));
-            print_row(callers, "direct stdio", &floor, 1.0);
-            print_row(callers, "HTTP gateway", &ours, ours.per_second / floor.per_second);
+        let mut stop = signal(SignalKind::terminate())?;
+        tokio::select! {
+            result = work => result,
+            _ = tokio::signal::ctrl_c() => bail!("stopped"),
+            _ = stop.recv() => bail!("stopped"),
         }
-        gateway.stop().await
     })
-}
-
-fn print_row(callers: usize, path: &str, summary: &Summary, ratio: f64) {
-    println!(
-        "{callers:>7}  {path:<14} {:>10.0} {:>9.3} {:>9.3} {ratio:>7.2}",
-        summary.per_second, summary.p50_ms, summary.p99_ms
-    );
 }

@@ -5,18 +5,22 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 /// One measurement.
 pub struct Sample {
     latencies: Vec<Duration>,
     time: Duration,
+    /// All calls, those that are not counted among them.
+    pub made: usize,
 }
 
 /// What is printed of one or more measurements.
 pub struct Summary {
     /// Calls answered in a second.
     pub per_second: f64,
+    /// The same for the slowest and the fastest measurement.
+    pub range: (f64, f64),
     /// Half of the calls were faster.
     pub p50_ms: f64,
     /// All but one in a hundred were faster.
@@ -33,11 +37,8 @@ impl Sample {
                 .get(index.min(sorted.len().saturating_sub(1)))
                 .map_or(f64::NAN, |one| one.as_secs_f64() * 1_000.0)
         };
-        Summary {
-            per_second: sorted.len() as f64 / self.time.as_secs_f64(),
-            p50_ms: at(0.5),
-            p99_ms: at(0.99),
-        }
+        let per_second = sorted.len() as f64 / self.time.as_secs_f64();
+        Summary { per_second, range: (per_second, per_second), p50_ms: at(0.5), p99_ms: at(0.99) }
     }
 }
 
@@ -45,17 +46,25 @@ impl Summary {
     /// The median of each figure.
     pub fn median(samples: &[Sample]) -> Self {
         let all: Vec<_> = samples.iter().map(Sample::summary).collect();
-        let median = |figure: fn(&Summary) -> f64| {
-            let mut figures: Vec<_> = all.iter().map(figure).collect();
-            figures.sort_unstable_by(f64::total_cmp);
-            figures.get(figures.len() / 2).copied().unwrap_or(f64::NAN)
-        };
+        let median = |figure: fn(&Summary) -> f64| median(all.iter().map(figure));
+        let per_second = all.iter().map(|one| one.per_second);
         Self {
             per_second: median(|one| one.per_second),
+            range: (
+                per_second.clone().fold(f64::INFINITY, f64::min),
+                per_second.fold(f64::NEG_INFINITY, f64::max),
+            ),
             p50_ms: median(|one| one.p50_ms),
             p99_ms: median(|one| one.p99_ms),
         }
     }
+}
+
+/// The figure in the middle.
+pub fn median(figures: impl Iterator<Item = f64>) -> f64 {
+    let mut figures: Vec<_> = figures.collect();
+    figures.sort_unstable_by(f64::total_cmp);
+    figures.get(figures.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
 /// Runs one task for each caller until the time is over. The first calls of each are not counted.
@@ -66,7 +75,10 @@ where
     Fut: Future<Output = Result<C>> + Send + 'static,
 {
     const WARM_UP: usize = 20;
+    /// How long the calls around those that are counted may take.
+    const PATIENCE: Duration = Duration::from_secs(60);
 
+    let number = callers.len();
     let mut tasks = tokio::task::JoinSet::new();
     for mut caller in callers {
         let call = call.clone();
@@ -85,8 +97,13 @@ where
         });
     }
     let mut latencies = Vec::new();
-    while let Some(one) = tasks.join_next().await {
-        latencies.extend(one??);
-    }
-    Ok(Sample { latencies, time })
+    let all = async {
+        while let Some(one) = tasks.join_next().await {
+            latencies.extend(one??);
+        }
+        anyhow::Ok(())
+    };
+    tokio::time::timeout(time + PATIENCE, all).await.context("calls were not answered in time")??;
+    let made = latencies.len() + number * WARM_UP;
+    Ok(Sample { latencies, time, made })
 }

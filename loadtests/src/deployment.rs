@@ -1,0 +1,221 @@
+//! The programs under test, started as their users start them: one alone, or a cluster.
+
+use std::{collections::BTreeMap, path::Path, process::Stdio, time::Duration};
+
+use anyhow::{Context, Result, bail, ensure};
+use bytes::Bytes;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use serde_json::json;
+use tempfile::TempDir;
+use tokio::{
+    io::{AsyncBufReadExt, BufReader},
+    process::{Child, Command},
+    time::{Instant, sleep, timeout},
+};
+
+use crate::{
+    client::Client,
+    measure::{Sample, closed_loop},
+};
+
+/// How long a program may take to start, to be seen, or to stop.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What a cluster needs around it, and how large it is.
+pub struct Cluster {
+    /// NATS.
+    pub nats: String,
+    /// The store.
+    pub mongo: String,
+    /// Gateways.
+    pub gateways: usize,
+    /// Workers.
+    pub workers: usize,
+}
+
+/// A running deployment with an echo server registered.
+pub struct Deployment {
+    gateways: Vec<Program>,
+    workers: Vec<Program>,
+    servers: Vec<u32>,
+    /// The store's address and the database's name, to be left as they were found.
+    database: Option<(String, String)>,
+    data: TempDir,
+}
+
+impl Deployment {
+    /// Starts the program alone. `env` says what each program gets on top, by its name.
+    pub async fn single(folder: &Path, env: impl Fn(&str) -> Vec<(String, String)>) -> Result<Self> {
+        let data = tempfile::tempdir()?;
+        let mut settings: BTreeMap<String, String> = env("gateway").into_iter().collect();
+        settings.insert("PORT".to_owned(), "0".to_owned());
+        settings.insert("DATA_DIR".to_owned(), data.path().display().to_string());
+        let gateway = Program::start(&folder.join("mcp-gateway"), "gateway", data.path(), &settings).await?;
+        let deployment =
+            Self { gateways: vec![gateway], workers: vec![], servers: vec![], database: None, data };
+        deployment.register().await
+    }
+
+    /// Starts a cluster, and waits until its gateways see its workers.
+    pub async fn cluster(
+        folder: &Path,
+        cluster: &Cluster,
+        env: impl Fn(&str) -> Vec<(String, String)>,
+    ) -> Result<Self> {
+        let data = tempfile::tempdir()?;
+        // The folder's name is drawn at random, and so names a fleet that is nobody else's.
+        let name = data.path().file_name().and_then(|name| name.to_str()).context("no name")?;
+        let name: String =
+            format!("load-{}", name.chars().filter(char::is_ascii_alphanumeric).collect::<String>());
+        let settings = [
+            ("PORT", "0"),
+            ("WORKER_PORT", "0"),
+            ("NATS_URL", cluster.nats.as_str()),
+            ("NATS_PREFIX", name.as_str()),
+            ("MONGODB_URI", cluster.mongo.as_str()),
+            ("MONGO_DBNAME", name.as_str()),
+            ("SECRETS_KEY", "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f"),
+        ];
+        let settings: BTreeMap<String, String> =
+            settings.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
+        let mut deployment = Self {
+            gateways: vec![],
+            workers: vec![],
+            servers: vec![],
+            database: Some((cluster.mongo.clone(), name)),
+            data,
+        };
+        let kinds = [("worker", cluster.workers), ("gateway", cluster.gateways)];
+        for (kind, at) in kinds.iter().flat_map(|(kind, count)| (0..*count).map(move |at| (*kind, at))) {
+            let own = deployment.data.path().join(format!("{kind}-{at}"));
+            std::fs::create_dir(&own)?;
+            let mut settings = settings.clone();
+            settings.extend(env(&format!("{kind}-{at}")));
+            let program = Program::start(&folder.join(format!("mcp-{kind}")), kind, &own, &settings).await?;
+            let programs = if kind == "worker" { &mut deployment.workers } else { &mut deployment.gateways };
+            programs.push(program);
+        }
+        for gateway in &deployment.gateways {
+            let mut client = Client::connect(&gateway.address).await?;
+            let begun = Instant::now();
+            loop {
+                let fleet = client.get("/fleet").await?;
+                if fleet["workers"].as_array().map(Vec::len) == Some(cluster.workers) {
+                    break;
+                }
+                ensure!(begun.elapsed() < PATIENCE, "a gateway does not see all workers: {fleet}");
+                sleep(Duration::from_millis(50)).await;
+            }
+        }
+        deployment.register().await
+    }
+
+    async fn register(mut self) -> Result<Self> {
+        let gateway = self.gateways.first().context("no gateway")?;
+        let mut client = Client::connect(&gateway.address).await?;
+        let record = json!({"name": "echo", "command": std::env::current_exe()?, "args": ["echo-server"]});
+        let answer = client.post("/mcp/servers", record.to_string().into());
+        let answer =
+            timeout(PATIENCE, answer).await.context("the echo server was not registered in time")??;
+        let answer = String::from_utf8_lossy(&answer);
+        ensure!(answer.contains("\"connected\""), "the echo server did not connect: {answer}");
+        let server = client.get("/mcp/servers/echo").await?;
+        let instances = server["server"]["instances"].as_array().context("no instances")?;
+        self.servers = instances.iter().filter_map(|one| u32::try_from(one["pid"].as_u64()?).ok()).collect();
+        Ok(self)
+    }
+
+    /// The processes of gateways.
+    pub fn gateways(&self) -> Vec<u32> {
+        self.gateways.iter().filter_map(|program| program.child.id()).collect()
+    }
+
+    /// The processes of workers.
+    pub fn workers(&self) -> Vec<u32> {
+        self.workers.iter().filter_map(|program| program.child.id()).collect()
+    }
+
+    /// The processes of the echo server, as of its registration.
+    pub fn servers(&self) -> Vec<u32> {
+        self.servers.clone()
+    }
+
+    /// Calls `echo` from so many connections at once, which are spread over the gateways.
+    pub async fn load(&self, callers: usize, body: &Bytes, time: Duration) -> Result<Sample> {
+        let mut clients = Vec::new();
+        for gateway in self.gateways.iter().cycle().take(callers) {
+            clients.push((Client::connect(&gateway.address).await?, body.clone()));
+        }
+        closed_loop(clients, time, async |(mut client, body): (Client, Bytes)| {
+            let answer = client.post("/mcp/tool/call", body.clone()).await?;
+            if !answer.starts_with(b"{\"success\":true") {
+                bail!("a call failed: {}", String::from_utf8_lossy(&answer));
+            }
+            Ok((client, body))
+        })
+        .await
+    }
+
+    /// Stops the programs in order, all at once.
+    pub async fn stop(mut self) -> Result<()> {
+        for program in self.gateways.iter().chain(&self.workers) {
+            program.signal(Signal::SIGTERM)?;
+        }
+        for program in self.gateways.iter_mut().chain(&mut self.workers) {
+            let ended = timeout(PATIENCE, program.child.wait()).await;
+            let ended = ended.with_context(|| format!("a {} did not stop in time", program.kind))??;
+            ensure!(ended.success(), "a {} did not stop in order: {ended}", program.kind);
+        }
+        if let Some((uri, name)) = self.database.take() {
+            mongodb::Client::with_uri_str(uri).await?.database(&name).drop().await?;
+        }
+        Ok(())
+    }
+}
+
+/// One process. It is killed when this is dropped.
+struct Program {
+    kind: &'static str,
+    child: Child,
+    address: String,
+}
+
+impl Program {
+    async fn start(
+        path: &Path,
+        kind: &'static str,
+        folder: &Path,
+        settings: &BTreeMap<String, String>,
+    ) -> Result<Self> {
+        ensure!(path.exists(), "{} is not there; build it with: cargo build --release", path.display());
+        let log = folder.join("program.log");
+        let mut child = Command::new(path)
+            .current_dir(folder)
+            .env_clear()
+            .env("PATH", std::env::var_os("PATH").unwrap_or_default())
+            .env("HOME", folder)
+            .envs(settings)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(std::fs::File::create(&log)?)
+            .kill_on_drop(true)
+            .spawn()
+            .with_context(|| path.display().to_string())?;
+        let mut lines = BufReader::new(child.stdout.take().context("no output")?).lines();
+        let first = timeout(PATIENCE, lines.next_line()).await.context("it did not start in time")??;
+        // The address is the last word of the first line.
+        let address = first.as_deref().and_then(|line| line.rsplit_once("http://"));
+        let Some((_, address)) = address else {
+            bail!("a {kind} did not start:\n{}", std::fs::read_to_string(&log).unwrap_or_default());
+        };
+        Ok(Self { kind, child, address: address.to_owned() })
+    }
+
+    fn signal(&self, signal: Signal) -> Result<()> {
+        let id = self.child.id().with_context(|| format!("a {} has ended", self.kind))?;
+        Ok(kill(Pid::from_raw(i32::try_from(id)?), signal)?)
+    }
+}

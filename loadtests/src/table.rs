@@ -1,0 +1,152 @@
+//! What is printed.
+
+use std::{collections::BTreeMap, path::Path as Folder};
+
+use anyhow::{Context, Result};
+use tokio::process::Command;
+
+use crate::{calls::Path, measure::Summary};
+
+/// What one call cost, by the names of the counters.
+pub type Costs = BTreeMap<&'static str, f64>;
+
+/// Counters of NATS, and how their columns are called.
+pub const NATS: [(&str, &str); 4] =
+    [("in_msgs", "msgs in"), ("out_msgs", "msgs out"), ("in_bytes", "B in"), ("out_bytes", "B out")];
+
+/// What ran, and where.
+pub async fn machine(programs: &Folder, nats: &str) -> Result<()> {
+    let arguments: Vec<_> = std::env::args().skip(1).collect();
+    println!("mcp-loadtests {}", arguments.join(" "));
+    for program in ["mcp-gateway", "mcp-worker"] {
+        let path = programs.join(program);
+        let said = Command::new(&path).arg("--version").output().await.with_context(|| {
+            format!("{} cannot be run; build it with: cargo build --release", path.display())
+        })?;
+        print!("{}, ", String::from_utf8_lossy(&said.stdout).trim());
+    }
+    let read = |file: &str| std::fs::read_to_string(file).unwrap_or_default();
+    let processors = read("/proc/cpuinfo");
+    let model = processors.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+    println!(
+        "nats-server {nats}; {} processors ({}), Linux {}",
+        std::thread::available_parallelism()?,
+        model.map_or("unknown", |(_, model)| model),
+        read("/proc/sys/kernel/osrelease").trim()
+    );
+    load_average("at the start");
+    Ok(())
+}
+
+/// Whether others were at work.
+pub fn load_average(when: &str) {
+    let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    println!("load average {when}: {}", load.split(' ').take(3).collect::<Vec<_>>().join(" "));
+}
+
+/// The head of the table of speeds.
+pub fn speed_head() {
+    println!();
+    println!(
+        "{:>7}  {:<14} {:>8} {:>15} {:>8} {:>8} {:>9}",
+        "callers", "path", "calls/s", "least-most", "p50 ms", "p99 ms", "of direct"
+    );
+}
+
+/// The speeds of all paths with so many callers, and what follows from them.
+pub fn speed(callers: u16, rows: &[(Path, Summary)]) {
+    let of = |path: Path| rows.iter().find(|(own, _)| *own == path).map(|(_, summary)| summary);
+    for (path, summary) in rows {
+        let (least, most) = summary.range;
+        let ratio = of(Path::Direct).map_or_else(
+            || "-".to_owned(),
+            |direct| format!("{:.2}", summary.per_second / direct.per_second),
+        );
+        println!(
+            "{callers:>7}  {:<14} {:>8.0} {:>15} {:>8.3} {:>8.3} {ratio:>9}",
+            path.name(),
+            summary.per_second,
+            format!("{least:.0}-{most:.0}"),
+            summary.p50_ms,
+            summary.p99_ms,
+        );
+    }
+    let paths = [Path::Single, Path::Cluster, Path::Nats, Path::Handshake].map(of);
+    if let [Some(single), Some(cluster), Some(trip), Some(trips)] = paths {
+        let more = cluster.p50_ms - single.p50_ms;
+        println!(
+            "         cluster / single node {:.2} of the calls/s; p50 {more:+.3} ms = {:.1} trips, {:+.3} ms over two; \
+             handshake {:+.3} ms",
+            cluster.per_second / single.per_second,
+            more / trip.p50_ms,
+            more - trips.p50_ms,
+            trips.p50_ms - trip.p50_ms,
+        );
+    }
+}
+
+/// Processor time and messages.
+pub fn costs(rows: &[(u16, Path, Costs)]) {
+    let processes = ["load", "gateway", "worker", "nats", "server"];
+    println!("\none call: µs of processor time of each process; messages and bytes of NATS");
+    print!("{:>7}  {:<14}", "callers", "path");
+    for name in processes {
+        print!(" {name:>8}");
+    }
+    print!(" {:>8}", "all");
+    for (_, name) in NATS {
+        print!(" {name:>8}");
+    }
+    println!();
+    for (callers, path, costs) in rows {
+        print!("{callers:>7}  {:<14}", path.name());
+        for name in processes {
+            figure(costs.get(name));
+        }
+        let all: f64 = processes.iter().filter_map(|name| costs.get(name)).sum();
+        figure(Some(&all));
+        for (name, _) in NATS {
+            figure(costs.get(name));
+        }
+        println!();
+    }
+}
+
+/// Allocations.
+pub fn allocations(rows: &[(u16, Path, Costs)]) {
+    println!("\none call: allocations of each process and their bytes");
+    let columns = ["gateway", "gateway bytes", "worker", "worker bytes"];
+    print!("{:>7}  {:<14}", "callers", "path");
+    for name in columns {
+        print!(" {name:>14}");
+    }
+    println!();
+    for (callers, path, costs) in rows {
+        print!("{callers:>7}  {:<14}", path.name());
+        for name in columns {
+            match costs.get(name) {
+                Some(value) => print!(" {value:>14.1}"),
+                None => print!(" {:>14}", "-"),
+            }
+        }
+        println!();
+    }
+}
+
+/// The most memory that processes have had.
+pub fn memory(path: Path, kind: &str, processes: &[u32]) -> Result<()> {
+    for process in processes {
+        let status = std::fs::read_to_string(format!("/proc/{process}/status"))?;
+        let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB"));
+        let peak: f64 = peak.context("a process has ended")?.parse()?;
+        println!("most memory of a {kind} ({}): {:.0} MB", path.name(), peak / 1024.0);
+    }
+    Ok(())
+}
+
+fn figure(value: Option<&f64>) {
+    match value {
+        Some(value) => print!(" {value:>8.1}"),
+        None => print!(" {:>8}", "-"),
+    }
+}
