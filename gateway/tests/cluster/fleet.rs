@@ -43,11 +43,11 @@ async fn a_lost_worker_is_noticed_and_its_call_answered_honestly() {
     api.add_fixture("echo", &["--more"], json!({})).await;
     let owner = api.owners_of("echo").await.remove(0);
     let lost = api.take_worker(&owner);
-    let (answer, killed) = tokio::join!(api.call("echo", "sleep", json!({"ms": 20_000})), async {
-        eventually("the call is in flight", async || {
-            api.server("echo").await["instances"][0]["inFlight"] == 1
-        })
-        .await;
+    // Until the server has seen the call it may still be given to another worker.
+    let started = api.data().path().join("started");
+    let sleep = json!({"ms": 20_000, "started": started});
+    let (answer, killed) = tokio::join!(api.call("echo", "sleep", sleep), async {
+        eventually("the call is in flight", async || started.exists()).await;
         lost.signal(Signal::SIGKILL);
         Instant::now()
     });

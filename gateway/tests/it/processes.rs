@@ -280,9 +280,11 @@ async fn a_lost_supervisor_is_replaced() {
     api.add_fixture("two", &["--ignore-stop"], json!({})).await;
     let pids = [api.pids("one").await[0], api.pids("two").await[0]];
     let lost = supervisors(&api);
-    let in_flight = api.call("one", "sleep", json!({"ms": 20_000}));
+    // Until the server has seen the call it may still be given to another process.
+    let started = api.data().path().join("started");
+    let in_flight = api.call("one", "sleep", json!({"ms": 20_000, "started": started}));
     let (answer, ()) = tokio::join!(in_flight, async {
-        eventually("the call is in flight", async || in_flight_of(&api, "one").await == 1).await;
+        eventually("the call is in flight", async || started.exists()).await;
         for supervisor in &lost {
             send(*supervisor, Signal::SIGKILL);
         }

@@ -49,10 +49,11 @@ async fn what_fails_while_everything_is_read_is_read_again() {
     worker.echo.reading.send_replace(false);
     worker.echo.failing.store(true, Ordering::Release);
 
-    assert_eq!(router.announce(change()).await.unwrap_err().code, ErrorCode::StoreUnavailable);
+    // Nothing is started with what was known before, so nobody has to wait.
+    router.announce(change()).await.unwrap();
     until("it reads everything", || worker.echo.resyncs.load(Ordering::Acquire) == before + 1).await;
     // What it reads is older than the second change.
-    router.announce(change()).await.unwrap_err();
+    router.announce(change()).await.unwrap();
     assert_eq!(get(&worker.echo.changes).len(), 2);
     worker.echo.reading.send_replace(true);
     until("it is in step", || worker.server.is_ready()).await;

@@ -14,7 +14,7 @@
 //! | tool | arguments | what it does |
 //! |---|---|---|
 //! | `echo` | `text` | answers `text`, spelled as it came |
-//! | `sleep` | `ms` | answers `slept MS` after that time |
+//! | `sleep` | `ms`, `started?` | answers `slept MS` after that time; first it appends a line to that file |
 //! | `fail` | `text?` | answers `it failed` with `isError` |
 //! | `throw` | | answers `boom` with `isError` |
 //! | `args` | anything | answers its arguments as compact JSON, numbers and escapes untouched |
