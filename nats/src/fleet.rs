@@ -53,6 +53,19 @@ struct Owned {
     mine_then: usize,
 }
 
+impl Owned {
+    /// A call goes to this owner, and counts from now on.
+    fn chosen(&self, node: &Node) -> Choice {
+        self.mine.fetch_add(1, Ordering::AcqRel);
+        Choice {
+            worker: node.report.id.clone(),
+            placing: Placing::Owned,
+            underway: Some(Underway(Arc::clone(&self.mine))),
+            expands: false,
+        }
+    }
+}
+
 /// A call of this router that is with a worker; counted until it is dropped.
 #[derive(Debug)]
 pub struct Underway(Arc<AtomicUsize>);
@@ -197,7 +210,8 @@ impl FleetView {
     ) -> Option<Choice> {
         let plain = |worker, placing| Some(Choice { worker, placing, underway: None, expands: false });
         let live: Vec<&Node> = self.live_nodes(now).collect();
-        if let Some(owner) = &wish.owner
+        // An owner that was asked and said nothing is not asked again until it is named anew.
+        if let Some(owner) = wish.owner.as_ref().filter(|owner| !wish.avoid.contains(owner))
             && let Some(node) = live.iter().find(|node| node.report.id == *owner)
         {
             return plain(node.report.id.clone(), Placing::Take);
@@ -250,13 +264,7 @@ impl FleetView {
                 if owned_pressure(b.1) < owned_pressure(a.1) { b } else { a }
             }
         };
-        owned.mine.fetch_add(1, Ordering::AcqRel);
-        Some(Choice {
-            worker: node.report.id.clone(),
-            placing: Placing::Owned,
-            underway: Some(Underway(Arc::clone(&owned.mine))),
-            expands: false,
-        })
+        Some(owned.chosen(node))
     }
 
     /// An owner for the call although all are crowded: where another was asked already.
@@ -268,13 +276,7 @@ impl FleetView {
         let (node, owned) = owners
             .filter_map(|node| Some((node, node.owned.get(server)?)))
             .min_by(|a, b| owned_pressure(a.1).total_cmp(&owned_pressure(b.1)))?;
-        owned.mine.fetch_add(1, Ordering::AcqRel);
-        Some(Choice {
-            worker: node.report.id.clone(),
-            placing: Placing::Owned,
-            underway: Some(Underway(Arc::clone(&owned.mine))),
-            expands: false,
-        })
+        Some(owned.chosen(node))
     }
 
     fn live_nodes(&self, now: Now) -> impl Iterator<Item = &Node> {

@@ -213,8 +213,10 @@ fn wishes_are_heeded() {
     assert!(matches!(chosen(&view, "s", &not_owners), Some((_, Placing::Take))));
 
     // A lease knows better than beats who the owner is, if that one answers.
-    let hint = Wish { owner: Some(id("c")), ..avoid(&["c"]) };
+    let hint = Wish { owner: Some(id("c")), ..Wish::default() };
     assert_eq!(chosen(&view, "s", &hint), some("c", Placing::Take));
+    let asked = Wish { owner: Some(id("c")), ..avoid(&["c"]) };
+    assert!(matches!(chosen(&view, "s", &asked), Some((other, Placing::TakeOver)) if other != "c"));
     for lost in [
         Wish { owner: Some(id("gone")), ..Wish::default() },
         Wish { lost_owner: Some(id("gone")), ..Wish::default() },
