@@ -52,6 +52,8 @@ const OPEN_QUESTIONS: usize = 1_024;
 const BODIES_KIB: usize = 48 * 1024;
 /// How often everything is read again although nothing seems to have been missed.
 const REREAD: Duration = Duration::from_secs(30);
+/// The pause after what is stored could not be read.
+const UNREADABLE: Duration = Duration::from_millis(500);
 /// How long a new worker listens to changes before it reads what is stored: a change that was made
 /// before others knew of it is read then.
 const LISTENING: Duration = Duration::from_millis(300);
@@ -434,7 +436,10 @@ impl Inner {
                             }
                         }
                         Ok(()) => {}
-                        Err(error) => tracing::warn!(%error, "what is stored cannot be read"),
+                        Err(error) => {
+                            tracing::warn!(%error, "what is stored cannot be read");
+                            tokio::time::sleep(UNREADABLE).await;
+                        }
                     }
                 }
                 tokio::time::sleep(Duration::from_millis(50)).await;

@@ -15,7 +15,6 @@ use crate::{caller::bus_unavailable, wire::Ask};
 /// A worker that has said nothing for so long starts nothing until it has read everything again: it is
 /// frozen, cut off or dead.
 const ACKNOWLEDGED_WITHIN: Duration = Duration::from_millis(1_100);
-
 /// How long the server may take to take in what this node sends.
 const SETTLED_WITHIN: Duration = Duration::from_secs(3);
 
@@ -34,10 +33,11 @@ impl Inner {
         if !self.is_up() {
             return Err(bus_unavailable());
         }
-        let (noun, ask) = match &change {
-            Change::Server { .. } => ("server", Ask::Invalidate { change: change.clone() }),
-            Change::Secret { .. } => ("secret", Ask::Invalidate { change: change.clone() }),
+        let noun = match &change {
+            Change::Server { .. } => "server",
+            Change::Secret { .. } => "secret",
         };
+        let ask = Ask::Invalidate { change: change.clone() };
         let manners = Manners {
             again: Some(Duration::from_millis(300)),
             first: ACKNOWLEDGED_WITHIN,
