@@ -1,14 +1,13 @@
 //! Who does the work behind the API: the worker of this process, or a fleet of them. Nothing else in this
 //! crate knows which.
 
-use std::{sync::Arc, thread::available_parallelism, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use mcp_shared::{
     config::Settings,
     fleet::{NodeReport, Role},
     ids::WorkerId,
     node::{self, NodeError},
-    timestamp::Timestamp,
     vault::Vault,
     worker_api::WorkerApi,
 };
@@ -71,16 +70,6 @@ impl Backend {
 
 /// What this gateway says of itself.
 pub fn myself(vault: &Vault) -> NodeReport {
-    NodeReport {
-        id: WorkerId::from_stored(format!("g-{}", uuid::Uuid::now_v7().simple())),
-        role: Role::Gateway,
-        version: env!("CARGO_PKG_VERSION").to_owned(),
-        started: Timestamp::now(),
-        wire: mcp_nats::wire::VERSIONS,
-        keys: vault.crypter().ring().kids().map(str::to_owned).collect(),
-        capacity: available_parallelism().map_or(1, |count| u32::try_from(count.get()).unwrap_or(u32::MAX)),
-        draining: false,
-        servers: Vec::new(),
-        per_user: Vec::new(),
-    }
+    let id = WorkerId::from_stored(format!("g-{}", uuid::Uuid::now_v7().simple()));
+    NodeReport::of(id, Role::Gateway, mcp_nats::wire::VERSIONS, vault)
 }

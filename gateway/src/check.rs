@@ -8,9 +8,10 @@ use mcp_worker::bus;
 /// Prints settings and findings. Nothing is created that is not there already.
 pub async fn run(settings: &Settings) -> ExitCode {
     let mut findings = vec![("listen", check::listen(&settings.host, settings.port).await)];
-    findings.extend(check::storage(settings).await);
+    let stored = check::storage(settings).await;
+    findings.extend(stored.findings);
     if let Some(settings) = &settings.bus {
-        findings.push(("bus", bus::check(settings).await));
+        findings.extend(bus::check(settings, stored.node.as_ref()).await);
     }
     check::print(settings, &findings)
 }

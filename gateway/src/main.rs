@@ -28,6 +28,7 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
+use app::App;
 use backend::Backend;
 
 /// How long answers may take to leave after the last server was stopped.
@@ -78,13 +79,26 @@ async fn run(settings: &Settings) -> ExitCode {
             return ExitCode::from(EX_TEMPFAIL);
         }
     };
+    let address = listener.local_addr().map_or(address, |address| address.to_string());
+    tracing::info!(%address, "starting");
+    let allowed = Arc::new(edge::Allowed::new(
+        settings.allowed_hosts.clone(),
+        settings.allowed_origins.clone(),
+        settings.host.to_string(),
+    ));
     let changes = TaskTracker::new();
-    let (backend, router) = match start(settings, changes.clone(), &stop).await {
+    let api = serve::Api::starting(router::starting(Arc::clone(&allowed)));
+    // From now on, so that an orchestrator sees what a start is waiting for.
+    let serving = tokio::spawn(serve::serve(listener, api.clone(), stop.clone()));
+    let (backend, app) = match start(settings, changes.clone(), &stop).await {
         Ok(started) => started,
         Err(error) => return error.report(),
     };
-    announce(settings, &listener);
-    let open = serve::serve(listener, router, stop).await;
+    api.set(router::router(Arc::new(app), allowed));
+    announce(settings, &address);
+    stop.cancelled().await;
+
+    let Ok(open) = serving.await else { return ExitCode::FAILURE };
     let drained = Instant::now() + settings.shutdown_timeout;
     let mut answered = std::pin::pin!(open.shutdown());
     let late = timeout_at(drained, &mut answered).await.is_err();
@@ -108,25 +122,17 @@ async fn start(
     settings: &Settings,
     changes: TaskTracker,
     stop: &CancellationToken,
-) -> Result<(Backend, axum::Router), NodeError> {
+) -> Result<(Backend, App), NodeError> {
     let vault = node::open(settings, stop).await?;
     let me = backend::myself(&vault);
     let backend = Backend::open(settings, &vault, &me, stop).await?;
-    let app =
-        app::App { vault, worker: backend.worker(), me, payload_limit: settings.payload_limit, changes };
-    let allowed = edge::Allowed::new(
-        settings.allowed_hosts.clone(),
-        settings.allowed_origins.clone(),
-        settings.host.to_string(),
-    );
-    Ok((backend, router::router(Arc::new(app), Arc::new(allowed))))
+    vault.record_key().await?;
+    let app = App { vault, worker: backend.worker(), me, payload_limit: settings.payload_limit, changes };
+    Ok((backend, app))
 }
 
 /// Tells a person where the program listens and what to do first.
-fn announce(settings: &Settings, listener: &TcpListener) {
-    let address = listener
-        .local_addr()
-        .map_or_else(|_| lifecycle::address(&settings.host, settings.port), |address| address.to_string());
+fn announce(settings: &Settings, address: &str) {
     tracing::info!(%address, data_dir = %settings.data_dir.display(), "listening");
     let mut out = std::io::stdout().lock();
     let _ = writeln!(out, "mcp-api {} listens on http://{address}", env!("CARGO_PKG_VERSION"));

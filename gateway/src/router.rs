@@ -1,13 +1,13 @@
 //! Every route and every layer, on one page.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use axum::{
     Router,
     middleware::from_fn_with_state,
-    routing::{get, post, put},
+    routing::{any, get, post, put},
 };
-use mcp_shared::error::ErrorCode;
+use mcp_shared::error::{ErrorCode, WorkerError};
 
 use crate::{
     app::App,
@@ -15,6 +15,22 @@ use crate::{
     problem::Problem,
     routes::{fleet, health, secrets, servers, tools},
 };
+
+/// What is answered while the program starts: an orchestrator can see that it lives and what it waits
+/// for is not there yet.
+pub fn starting(allowed: Arc<Allowed>) -> Router {
+    let problem = || {
+        let text = "mcp-api is starting: its store or its message bus has not answered yet";
+        WorkerError::new(ErrorCode::StoreUnavailable, text)
+            .retry_after(Duration::from_secs(1))
+            .with("notReady", vec!["store"])
+    };
+    Router::new()
+        .route("/healthz", get(health::healthz))
+        .route("/mcp/tool/call", any(async move || Problem::from(problem()).not_started()))
+        .fallback(async move || Problem::from(problem()))
+        .layer(from_fn_with_state(allowed, edge))
+}
 
 /// The whole HTTP API.
 pub fn router(app: Arc<App>, allowed: Arc<Allowed>) -> Router {

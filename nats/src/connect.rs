@@ -1,13 +1,23 @@
 //! Logging in to NATS as the settings say, and whether it is a NATS that may be used.
 
+use std::collections::BTreeMap;
+
 use async_nats::{Client, ConnectErrorKind, ConnectOptions, ServerAddr, ServerInfo};
+use futures_util::StreamExt;
 use mcp_shared::{
     config::{BusLogin, BusSettings},
+    fleet::NodeReport,
     ids::WorkerId,
 };
 use secrecy::ExposeSecret;
+use tokio::time::{Instant, timeout_at};
 
-use crate::bus::Bus;
+use crate::{
+    bus::Bus,
+    fleet::BEAT,
+    subjects::Subjects,
+    wire::{self, Beat},
+};
 
 /// The oldest version of NATS that is known to do.
 const OLDEST: (u64, u64) = (2, 10);
@@ -41,20 +51,42 @@ impl Bus {
     }
 }
 
-/// What `check` says: connects once and leaves nothing behind.
-pub async fn check(settings: &BusSettings) -> Result<String, OpenError> {
+/// What `check` says: connects once, listens who is there, and leaves nothing behind.
+pub async fn check(settings: &BusSettings) -> Result<(String, Vec<NodeReport>), OpenError> {
     mcp_shared::tls::install_provider();
     let client: Client =
         options(settings)?.name("mcp-api check").connect(addresses(settings)?).await.map_err(explain)?;
     let info = client.server_info();
     fit(settings, &info)?;
     let login = if info.auth_required { "asks for a login" } else { "asks nobody for a login" };
-    Ok(format!(
+    let nodes = listen(&client, &Subjects::new(&settings.prefix)).await?;
+    let description = format!(
         "{}, version {}, {login}, messages up to {} bytes",
         settings.shown(),
         info.version,
         info.max_payload
-    ))
+    );
+    Ok((description, nodes))
+}
+
+/// The nodes that beat within the time in which each of them does.
+async fn listen(client: &Client, subjects: &Subjects) -> Result<Vec<NodeReport>, OpenError> {
+    let mut nodes = BTreeMap::new();
+    let mut beats = client.subscribe(subjects.beats()).await?;
+    let end = Instant::now() + BEAT + BEAT / 2;
+    while let Ok(Some(message)) = timeout_at(end, beats.next()).await {
+        match wire::decode::<Beat>(&message.payload) {
+            Ok((Beat::Here(report) | Beat::Hello(report), _)) => {
+                nodes.insert(report.id.clone(), report);
+            }
+            Ok((Beat::Gone(node), _)) => {
+                nodes.remove(&node);
+            }
+            // Of another version.
+            Err(_) => {}
+        }
+    }
+    Ok(nodes.into_values().collect())
 }
 
 fn options(settings: &BusSettings) -> Result<ConnectOptions, OpenError> {

@@ -5,6 +5,7 @@
 
 use std::{
     collections::HashMap,
+    num::NonZeroUsize,
     pin::Pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
@@ -14,6 +15,7 @@ use std::{
 };
 
 use async_trait::async_trait;
+use lru::LruCache;
 use mcp_shared::{
     error::{ErrorCode, Outcome, WorkerError},
     fleet::{Fleet, NodeReport},
@@ -49,6 +51,8 @@ const BODIES_KIB: usize = 48 * 1024;
 const ERRANDS: usize = 8_192;
 /// The bus is away when this node has not heard itself for so long.
 const ECHO_PATIENCE: Duration = Duration::from_secs(3);
+/// Nodes of other fleets that are remembered, so that the log has each once.
+const STRANGERS: NonZeroUsize = NonZeroUsize::new(64).expect("it is not zero");
 /// How long a new node waits for the others to introduce themselves.
 const INTRODUCTION: Duration = Duration::from_millis(300);
 
@@ -71,6 +75,10 @@ struct Inner {
     /// Somebody new wants to hear what this node is.
     asked: Notify,
     fleet: RwLock<FleetView>,
+    /// What this node was when it joined.
+    me: NodeReport,
+    /// Nodes that cannot be of one fleet with this one, and why.
+    strangers: Mutex<LruCache<WorkerId, String>>,
     /// Attempts under way, by their ids.
     attempts: Mutex<HashMap<CallId, Arc<Call>>>,
     /// Calls that are not over, by the id that they were given first.
@@ -114,11 +122,14 @@ impl Ids {
 }
 
 impl Router {
-    /// Joins the fleet: listens, introduces this node, and waits until the others had time to answer.
+    /// Joins the fleet: listens, introduces this node, and waits until the others had time to answer. A
+    /// node that cannot be one of them is refused.
     /// `changed` makes it say at once what `describe` says then.
     pub async fn join(bus: Bus, describe: Describe, changed: watch::Receiver<()>) -> Result<Self, OpenError> {
         let (errands, orders) = mpsc::channel(ERRANDS);
         let inner = Arc::new(Inner {
+            me: describe(),
+            strangers: Mutex::new(LruCache::new(STRANGERS)),
             describe,
             asked: Notify::new(),
             fleet: RwLock::default(),
@@ -148,7 +159,15 @@ impl Router {
         inner.tasks.spawn(Arc::clone(&inner).run_errands(orders));
         inner.tasks.spawn(Arc::clone(&inner).beat(changed));
         tokio::time::sleep(INTRODUCTION).await;
-        Ok(Self { inner })
+        let router = Self { inner };
+        let stranger = lock(&router.inner.strangers).pop_lru();
+        match stranger {
+            Some((_, why)) => {
+                router.leave().await;
+                Err(OpenError::Unfit(why))
+            }
+            None => Ok(router),
+        }
     }
 
     /// Shows this node to the micro-service protocol of NATS. A node that cannot be listed works all the

@@ -6,6 +6,8 @@ use std::{io::Write, path::Path, process::ExitCode};
 use crate::{
     config::{ListenHost, Settings, StoreSettings},
     crypter::{KeyMaterial, KeyRing, WeakKeys},
+    fleet::{NodeReport, Role},
+    ids::WorkerId,
     lifecycle::{EX_CONFIG, address, explain},
     node::{self, Inspected, NodeError},
     store::{embedded::OpenError, open::ConnectError},
@@ -56,8 +58,22 @@ pub async fn listen(host: &ListenHost, port: u16) -> Result<String, String> {
     }
 }
 
+/// What the checks of store and key found.
+pub struct Stored {
+    /// The lines.
+    pub findings: Vec<Finding>,
+    /// This node as it would introduce itself to others, where the store could be looked into.
+    pub node: Option<NodeReport>,
+}
+
 /// Data folder, store and key.
-pub async fn storage(settings: &Settings) -> Vec<Finding> {
+pub async fn storage(settings: &Settings) -> Stored {
+    let mut node = None;
+    let findings = look(settings, &mut node).await;
+    Stored { findings, node }
+}
+
+async fn look(settings: &Settings, node: &mut Option<NodeReport>) -> Vec<Finding> {
     let mut findings = Vec::new();
     let own_key = settings.secrets_key.is_none() && settings.secrets_keys_file.is_none();
     let embedded = matches!(settings.store, StoreSettings::Embedded);
@@ -72,6 +88,10 @@ pub async fn storage(settings: &Settings) -> Vec<Finding> {
     }
     match node::inspect(settings).await {
         Ok(Inspected { description, vault }) => {
+            if let Ok(Some(vault)) = &vault {
+                let id = WorkerId::from_stored("check");
+                *node = Some(NodeReport::of(id, Role::Gateway, (0, 0), vault));
+            }
             let (store, key) = inspected(settings, &description, vault).await;
             findings.push(("store", store));
             findings.extend(key.map(|key| ("key", key)));

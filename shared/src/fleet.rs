@@ -1,12 +1,13 @@
 //! What nodes say of themselves, and the fleet that follows from it.
 
-use std::time::Duration;
+use std::{thread::available_parallelism, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
 use crate::{
     ids::{ServerName, WorkerId},
     timestamp::Timestamp,
+    vault::Vault,
     worker_api::ServerStatus,
 };
 
@@ -34,6 +35,8 @@ pub struct NodeReport {
     pub started: Timestamp,
     /// The oldest and the newest wire version that it speaks.
     pub wire: (u32, u32),
+    /// What its store is known by. Nodes of one fleet have one store.
+    pub store: String,
     /// The ids of its encryption keys, the one that encrypts first.
     pub keys: Vec<String>,
     /// The processors that it may use: its weight when servers are placed.
@@ -45,6 +48,52 @@ pub struct NodeReport {
     /// Enabled servers that it knows as having a process for each user, whether or not it owns any.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub per_user: Vec<ServerName>,
+}
+
+impl NodeReport {
+    /// A node that starts now, with a store and keys, and owns nothing yet. `wire` is what it speaks.
+    pub fn of(id: WorkerId, role: Role, wire: (u32, u32), vault: &Vault) -> Self {
+        Self {
+            id,
+            role,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            started: Timestamp::now(),
+            wire,
+            store: vault.store_id().unwrap_or_default().to_owned(),
+            keys: vault.crypter().ring().kids().map(str::to_owned).collect(),
+            capacity: available_parallelism()
+                .map_or(1, |count| u32::try_from(count.get()).unwrap_or(u32::MAX)),
+            draining: false,
+            servers: Vec::new(),
+            per_user: Vec::new(),
+        }
+    }
+
+    /// Why this node and another one cannot be of one fleet, if they cannot.
+    pub fn disagreement(&self, other: &NodeReport) -> Option<String> {
+        let them = || match other.role {
+            Role::Gateway => format!("the gateway {}", other.id),
+            Role::Worker => format!("the worker {}", other.id),
+        };
+        if self.store != other.store {
+            return Some(format!(
+                "{} uses another database: give all nodes the same one, or each fleet a NATS_PREFIX of its own",
+                them()
+            ));
+        }
+        // A node without keys of its own reads mcp-api's values, and writes no others.
+        match (self.keys.first(), other.keys.first()) {
+            (_, Some(theirs)) if !self.keys.contains(theirs) => {
+                Some(format!("{} encrypts with the key {theirs}, which this node does not have", them()))
+            }
+            (Some(own), _) if !other.keys.contains(own) => Some(format!(
+                "this node would encrypt with the key {own}, which {} does not have: add it behind the \
+                 first key of every node before any node has it first",
+                them()
+            )),
+            _ => None,
+        }
+    }
 }
 
 /// A server that a worker owns, and how busy it is there.

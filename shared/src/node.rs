@@ -114,9 +114,10 @@ impl NodeError {
 impl From<VaultError> for NodeError {
     fn from(error: VaultError) -> Self {
         match error {
-            VaultError::Weak { .. } | VaultError::KeyMismatch { .. } | VaultError::Key(_) => {
-                NodeError::Key(error.to_string())
-            }
+            VaultError::Weak { .. }
+            | VaultError::KeyMismatch { .. }
+            | VaultError::KeyMissing { .. }
+            | VaultError::Key(_) => NodeError::Key(error.to_string()),
             VaultError::Store(error) => NodeError::Store(error),
             other => NodeError::Vault(other),
         }

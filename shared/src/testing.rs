@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 pub mod fixture;
+pub mod link;
 pub mod services;
 pub mod store_contract;
 pub mod tools;

@@ -21,6 +21,8 @@ use crate::{
 const SALT_FACT: &str = "argon2-salt";
 /// The fact that holds the id of the key that a store was first used with.
 const FIRST_KEY_FACT: &str = "first-key";
+/// The fact that tells this store from others.
+const STORE_FACT: &str = "store-id";
 
 /// What opening a vault may leave behind in its store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,6 +77,15 @@ pub enum VaultError {
         /// The key's id.
         kid: String,
     },
+    /// Values were encrypted with a key that this node does not have.
+    #[error(
+        "this node lacks the key {kid}, which has been encrypting values of this store: add it to the keys of \
+         this node. If nothing is left that needs it, put `retired:{kid}` into the store's `keyring`"
+    )]
+    KeyMissing {
+        /// The key's id.
+        kid: String,
+    },
     /// The configured key cannot be used.
     #[error(transparent)]
     Key(KeyError),
@@ -123,6 +134,7 @@ fn integrity_error() -> WorkerError {
 pub struct Vault {
     store: Arc<dyn Store>,
     crypter: Arc<Crypter>,
+    id: Option<Arc<str>>,
 }
 
 impl fmt::Debug for Vault {
@@ -182,14 +194,26 @@ impl Vault {
             return Err(KeyError::NoLegacyKey.into());
         }
         check_keys(purpose, store.as_ref(), &ring).await?;
+        let id = store_id(purpose, store.as_ref()).await?.map(Arc::from);
         let crypter = Crypter::new(ring, mode)?;
         warn_about(&crypter);
-        Ok(Self { store, crypter: Arc::new(crypter) })
+        Ok(Self { store, crypter: Arc::new(crypter), id })
     }
 
     /// The store itself, for what is not encrypted.
     pub fn store(&self) -> &Arc<dyn Store> {
         &self.store
+    }
+
+    /// What tells this store from others; `None` where nobody has used it yet.
+    pub fn store_id(&self) -> Option<&str> {
+        self.id.as_deref()
+    }
+
+    /// Records that this node encrypts with its key, before it encrypts anything: from then on a node
+    /// without that key is refused. Nodes of a fleet do so when they have found that the others have it.
+    pub async fn record_key(&self) -> Result<(), VaultError> {
+        check_writing_keys(Purpose::Use, self.store.as_ref(), self.crypter.ring()).await
     }
 
     /// The crypter, for values that are kept elsewhere.
@@ -439,6 +463,7 @@ async fn check_keys(purpose: Purpose, store: &dyn Store, ring: &KeyRing) -> Resu
     {
         return Err(VaultError::KeyMismatch { kid: (*kid).to_owned() });
     }
+    check_writing_keys(Purpose::Inspect, store, ring).await?;
     if purpose == Purpose::Use {
         for (kid, own) in new {
             // Another node may have been faster, with another key.
@@ -453,6 +478,40 @@ async fn check_keys(purpose: Purpose, store: &dyn Store, ring: &KeyRing) -> Resu
         return Err(VaultError::KeyMismatch { kid: TEXT_KID.to_owned() });
     }
     Ok(())
+}
+
+/// Sees to it that this node has every key that ever encrypted something here, and that its own stands
+/// among them. They are numbered in the order in which they came into use.
+async fn check_writing_keys(purpose: Purpose, store: &dyn Store, ring: &KeyRing) -> Result<(), VaultError> {
+    let own = ring.kids().next();
+    let mut recorded = false;
+    let mut name = FIRST_KEY_FACT.to_owned();
+    for number in 2.. {
+        let kid = match (store.fact(Fact::KeyRing, &name).await?, own) {
+            (Some(kid), _) => kid,
+            (None, Some(own)) if !recorded && purpose == Purpose::Use => {
+                store.put_once(Fact::KeyRing, &name, own).await?
+            }
+            (None, _) => break,
+        };
+        recorded |= own == Some(kid.as_str());
+        // A ring without any key reads mcp-api's values alone; that it may is decided elsewhere.
+        let missing = own.is_some() && !ring.kids().any(|own| own == kid);
+        if missing && store.fact(Fact::KeyRing, &format!("retired:{kid}")).await?.is_none() {
+            return Err(VaultError::KeyMissing { kid });
+        }
+        name = format!("writing-key:{number}");
+    }
+    Ok(())
+}
+
+/// The id of a store, made by the node that opens it first.
+async fn store_id(purpose: Purpose, store: &dyn Store) -> Result<Option<String>, VaultError> {
+    if purpose == Purpose::Inspect {
+        return Ok(store.fact(Fact::KeyRing, STORE_FACT).await?);
+    }
+    let new = uuid::Uuid::new_v4().simple().to_string();
+    Ok(Some(store.put_once(Fact::KeyRing, STORE_FACT, &new).await?))
 }
 
 /// Says at each start what is not as safe as it could be.

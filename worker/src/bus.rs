@@ -9,8 +9,10 @@ use mcp_nats::{
     server::Server,
 };
 use mcp_shared::{
+    check::Finding,
     config::BusSettings,
     error::{ErrorCode, WorkerError},
+    fleet::{NodeReport, Role},
     hosting::Hosting,
     node::NodeError,
 };
@@ -70,10 +72,25 @@ impl Bus {
     }
 }
 
-/// The line of `check` about the bus: whether it can be reached and logged in to, which version it has,
-/// and whether it asks everybody for a login. It connects once and leaves nothing behind.
-pub async fn check(settings: &BusSettings) -> Result<String, String> {
-    mcp_nats::connect::check(settings).await.map_err(|error| unusable(settings, error).to_string())
+/// The lines of `check` about the bus and who is on it: whether it can be reached and logged in to, which
+/// version it has, whether it asks everybody for a login; and whether store and keys of this node, as far
+/// as they are known, are those of the fleet. It connects once and leaves nothing behind.
+pub async fn check(settings: &BusSettings, own: Option<&NodeReport>) -> Vec<Finding> {
+    let (description, nodes) = match mcp_nats::connect::check(settings).await {
+        Ok(found) => found,
+        Err(error) => return vec![("bus", Err(unusable(settings, error).to_string()))],
+    };
+    vec![("bus", Ok(description)), ("fleet", compare(own, &nodes))]
+}
+
+fn compare(own: Option<&NodeReport>, nodes: &[NodeReport]) -> Result<String, String> {
+    let workers = nodes.iter().filter(|node| node.role == Role::Worker).count();
+    let heard = format!("gateways heard: {}, workers heard: {workers}", nodes.len() - workers);
+    let Some(own) = own.filter(|_| !nodes.is_empty()) else { return Ok(heard) };
+    match nodes.iter().find_map(|node| own.disagreement(node)) {
+        None => Ok(format!("{heard}; they have this node's store and keys")),
+        Some(why) => Err(format!("{heard}; {why}")),
+    }
 }
 
 fn unusable(settings: &BusSettings, error: OpenError) -> NodeError {

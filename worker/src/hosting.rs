@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use async_trait::async_trait;
 use mcp_shared::{
     error::{ErrorCode, WorkerError},
-    fleet::{NodeReport, Role, ServerLoad},
+    fleet::{NodeReport, ServerLoad},
     hosting::{CallOffer, Hosting, Refusal, Reservation},
     ids::ServerName,
     server::Isolation,
@@ -29,16 +29,10 @@ impl Hosting for Worker {
         let mut servers: Vec<ServerLoad> = self.entries().iter().filter_map(|entry| entry.load()).collect();
         servers.sort_unstable_by(|one, other| one.name.cmp(&other.name));
         NodeReport {
-            id: self.id().clone(),
-            role: Role::Worker,
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            started: self.started,
-            wire: mcp_nats::wire::VERSIONS,
-            keys: self.host.vault.crypter().ring().kids().map(ToOwned::to_owned).collect(),
-            capacity: self.capacity,
             draining: self.host.draining.is_cancelled(),
             servers,
             per_user: self.per_user(),
+            ..self.me.clone()
         }
     }
 

@@ -79,8 +79,9 @@ pub fn main() -> ExitCode {
 /// `mcp-worker check`.
 async fn look(settings: &Settings, bus: &BusSettings) -> ExitCode {
     let mut findings = vec![("health", check::listen(&settings.worker_host, settings.worker_port).await)];
-    findings.extend(check::storage(settings).await);
-    findings.push(("bus", bus::check(bus).await));
+    let stored = check::storage(settings).await;
+    findings.extend(stored.findings);
+    findings.extend(bus::check(bus, stored.node.as_ref()).await);
     check::print(settings, &findings)
 }
 
@@ -137,8 +138,9 @@ async fn start(
 ) -> Result<(Arc<Worker>, Bus), NodeError> {
     let vault = node::open(settings, stop).await?;
     health.store(&vault);
-    let worker = Worker::open(vault, supervisor::this_program(), Boot::OnDemand).await?;
+    let worker = Worker::open(vault.clone(), supervisor::this_program(), Boot::OnDemand).await?;
     let bus = node::patiently(settings, stop, async || Bus::connect(bus, &worker).await).await?;
+    vault.record_key().await?;
     health.bus(&bus);
     tokio::select! {
         () = bus.in_step() => {}

@@ -10,13 +10,12 @@ use std::{
 use async_trait::async_trait;
 use mcp_shared::{
     error::{ErrorCode, Outcome, WorkerError},
-    fleet::{Fleet, NodeView},
+    fleet::{Fleet, NodeReport, NodeView, Role},
     hosting::{CallOffer, Hosting, Placing, Refusal, Reservation},
     ids::{ServerName, UserId, WorkerId},
     json::RawJson,
     limits,
     server::Isolation,
-    timestamp::Timestamp,
     vault::{Vault, VaultError},
     worker_api::{CallContext, CallEvent, CallStream, Change, ServerReport, ToolCall, WorkerApi},
 };
@@ -43,9 +42,8 @@ pub struct Worker {
     entries: Arc<Entries>,
     /// Calls in flight, which a stop waits for.
     calls: TaskTracker,
-    pub(crate) started: Timestamp,
-    /// The processors that it may use.
-    pub(crate) capacity: u32,
+    /// What the fleet is told of it, less what changes.
+    pub(crate) me: NodeReport,
 }
 
 impl Worker {
@@ -75,14 +73,8 @@ impl Worker {
             });
             host.tasks.spawn(keep_leases(Arc::clone(leases), Arc::clone(&entries), Arc::clone(&host)));
         }
-        Ok(Arc::new(Self {
-            host,
-            entries,
-            calls: TaskTracker::new(),
-            started: Timestamp::now(),
-            capacity: std::thread::available_parallelism()
-                .map_or(1, |count| u32::try_from(count.get()).unwrap_or(u32::MAX)),
-        }))
+        let me = NodeReport::of(host.worker_id.clone(), Role::Worker, mcp_nats::wire::VERSIONS, &host.vault);
+        Ok(Arc::new(Self { host, entries, calls: TaskTracker::new(), me }))
     }
 
     /// This worker's id.

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use mcp_shared::testing::services;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
@@ -35,6 +36,62 @@ async fn the_fleet_shows_its_nodes() {
             && owned[0]["servers"][0]["slots"] == 64
     })
     .await;
+}
+
+/// Runs a program of the deployment's to its end, with settings of its own.
+async fn ended(api: &Deployment, env: &[(&str, &str)], argument: &str) -> (Option<i32>, String) {
+    let mut node = Deployment::builder().data(&api.data());
+    for (name, value) in env {
+        node = node.env(name, *value);
+    }
+    let mut command = node.command();
+    command.arg(argument);
+    let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
+    let said = [output.stdout, output.stderr].map(|text| String::from_utf8(text).unwrap()).concat();
+    (output.status.code(), said)
+}
+
+#[tokio::test]
+async fn a_node_that_is_not_of_this_fleet_is_refused() {
+    let mut api = Deployment::start().await;
+    api.add_fixture("echo", &[], json!({})).await;
+    let rings = |name: &str, lines: &[&str]| {
+        let path = api.data().path().join(name);
+        std::fs::write(&path, lines.join("\n")).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    // The fleet's key is k1 there.
+    let (old, new) =
+        ("k1:AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8", "k2:__79_Pv6-fj39vX08_Lx8O_u7ezr6uno5-bl5OPi4eA");
+    let (hasty, known) = (rings("hasty", &[new, old]), rings("known", &[old, new]));
+    let other = format!("{}-other", api.data().name());
+    let cases: [(&[(&str, &str)], &str); 3] = [
+        (&[("MONGO_DBNAME", &other)], "uses another database"),
+        (&[("SECRETS_KEY", ""), ("SECRETS_KEYS_FILE", &hasty)], "this node would encrypt with the key k2"),
+        (&[("SECRETS_KEY", "ff01020304050607ff090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f")], "differs"),
+    ];
+    for (settings, expected) in cases {
+        for argument in ["check", "serve"] {
+            let (status, said) = ended(&api, settings, argument).await;
+            assert_eq!(status, Some(78), "{argument}: {said}");
+            assert!(said.contains(expected), "{argument}: {said}");
+        }
+    }
+    // A new key that stands behind the old one harms nobody.
+    let ring: &[(&str, &str)] = &[("SECRETS_KEY", ""), ("SECRETS_KEYS_FILE", &known)];
+    let (status, said) = ended(&api, ring, "check").await;
+    assert_eq!(status, Some(0), "{said}");
+    let agrees = "gateways heard: 2, workers heard: 2; they have this node's store and keys";
+    assert!(said.contains(agrees), "{said}");
+    // Nothing of it is left behind that would keep others from joining.
+    api.add_worker().await;
+    assert_eq!(api.call("echo", "echo", json!({"text": "hi"})).await.tool_text(), "hi");
+    drop_database(&other).await;
+}
+
+async fn drop_database(name: &str) {
+    let client = mongodb::Client::with_uri_str(services::shared_mongo()).await.unwrap();
+    client.database(name).drop().await.unwrap();
 }
 
 #[tokio::test]

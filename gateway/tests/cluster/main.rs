@@ -33,6 +33,7 @@ mod mongodb_alone;
 mod placement;
 mod reads_after_writes;
 mod services;
+mod store_outage;
 
 #[path = "../it/fixture.rs"]
 mod fixture;

@@ -354,8 +354,16 @@ impl Deployment {
     /// Starts one more worker, and waits until all gateways see it.
     #[allow(dead_code, reason = "only tests of clusters add workers")]
     pub async fn add_worker(&mut self) {
+        self.add_worker_with(&[]).await;
+    }
+
+    /// The same, for a worker with settings of its own.
+    #[allow(dead_code, reason = "only tests of clusters add workers")]
+    pub async fn add_worker_with(&mut self, env: &[(&str, &str)]) {
         let name = format!("worker-{}", self.nodes.len());
-        let node = Node::start(&self.builder, Program::Worker, &name).await;
+        let mut builder = Builder { data: self.data.clone(), env: self.builder.env.clone(), ..self.builder };
+        builder.env.extend(env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
+        let node = Node::start(&builder, Program::Worker, &name).await;
         self.nodes.push(node);
         self.sees(self.workers().len()).await;
     }

@@ -277,10 +277,10 @@ async fn a_refused_listing_is_an_error() {
 #[tokio::test]
 async fn a_call_waits_for_a_slow_start_within_its_time() {
     let api = Deployment::start().await;
-    let flags = ["--start-delay-ms", "1500"];
+    let flags = ["--start-delay-ms", "6000"];
     api.add_fixture("slow", &flags, json!({"idleTimeout": 300})).await;
     becomes(&api, "slow", "disconnected").await;
-    let answer = echo_within(&api, "slow", 100).await.fails(503, "server_starting");
+    let answer = echo_within(&api, "slow", 2_000).await.fails(503, "server_starting");
     assert_eq!(answer.json()["outcome"], "not_started");
     assert_eq!(answer.json()["retryable"], true);
     assert!(answer.headers.contains_key("retry-after"));

@@ -4,7 +4,7 @@
 use std::{
     io::{BufRead, BufReader, Read},
     net::TcpListener,
-    process::{Child, Command, Output, Stdio},
+    process::{Child, Output, Stdio},
 };
 
 use mcp_shared::config::VARIABLES;
@@ -147,7 +147,7 @@ async fn a_workers_help_is_that_of_the_gateway() {
     assert_eq!(missing.status.code(), Some(CONFIG));
 }
 
-/// A worker that waits for a store that never comes.
+/// A program that waits for a store that never comes.
 struct Waiting {
     child: Child,
     base: String,
@@ -155,7 +155,7 @@ struct Waiting {
 }
 
 impl Waiting {
-    async fn start() -> Self {
+    async fn start(worker: bool) -> Self {
         let data = Data::new();
         let uri = format!("mongodb://{}/?serverSelectionTimeoutMS=500", nobody());
         let settings: Set<'_> = &[
@@ -164,13 +164,17 @@ impl Waiting {
             ("NATS_URL", "nats://127.0.0.1:1"),
             ("START_TIMEOUT_SECONDS", "600"),
         ];
-        let mut command: Command = with(settings).data(&data).worker_command();
+        let node = with(settings).data(&data);
+        let (mut command, event) = match worker {
+            true => (node.worker_command(), "\"health\""),
+            false => (node.command(), "\"starting\""),
+        };
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let stderr = child.stderr.take().unwrap();
         // Where its health is stands in the log before anything else that it does.
         let (found, lines) = tokio::task::spawn_blocking(move || {
             let mut lines = BufReader::new(stderr).lines().map(Result::unwrap);
-            let line = lines.find(|line| line.contains("\"health\"")).unwrap();
+            let line = lines.find(|line| line.contains(event)).unwrap();
             (serde_json::from_str::<Value>(&line).unwrap()["address"].as_str().unwrap().to_owned(), lines)
         })
         .await
@@ -189,7 +193,7 @@ impl Drop for Waiting {
 
 #[tokio::test]
 async fn a_workers_health_is_told_from_the_start() {
-    let mut worker = Waiting::start().await;
+    let mut worker = Waiting::start(true).await;
     let get = async |path: &str| {
         let response = reqwest::get(format!("{}{path}", worker.base)).await.unwrap();
         let kind = response.headers()["content-type"].to_str().unwrap().to_owned();
@@ -223,6 +227,26 @@ async fn a_workers_health_is_told_from_the_start() {
     let mut said = String::new();
     worker.child.stdout.take().unwrap().read_to_string(&mut said).unwrap();
     assert_eq!(said, "", "it never said that it serves");
+}
+
+#[tokio::test]
+async fn a_gateways_health_is_told_from_the_start() {
+    let mut gateway = Waiting::start(false).await;
+    let client = reqwest::Client::new();
+    let healthy = client.get(format!("{}/healthz", gateway.base)).send().await.unwrap();
+    assert_eq!(healthy.status(), 200);
+    for path in ["/readyz", "/mcp/servers", "/mcp/tool/call"] {
+        let answer = client.post(format!("{}{path}", gateway.base)).body("{}").send().await.unwrap();
+        assert_eq!(
+            (answer.status().as_u16(), &answer.headers()["retry-after"]),
+            (503, &"1".parse().unwrap())
+        );
+        let body: Value = answer.json().await.unwrap();
+        assert_eq!((&body["code"], &body["success"]), (&"store_unavailable".into(), &false.into()), "{body}");
+        assert_eq!(body["outcome"] == "not_started", path == "/mcp/tool/call", "{body}");
+    }
+    kill(Pid::from_raw(i32::try_from(gateway.child.id()).unwrap()), Signal::SIGTERM).unwrap();
+    assert!(gateway.child.wait().unwrap().success());
 }
 
 #[tokio::test]

@@ -13,6 +13,7 @@ fn worker(id: &str) -> NodeReport {
         version: "0.0.0".to_owned(),
         started: Timestamp::from_millis(0),
         wire: (1, 1),
+        store: String::new(),
         keys: Vec::new(),
         capacity: 4,
         draining: false,

@@ -4,10 +4,12 @@ use std::{sync::Arc, time::Duration};
 
 use async_nats::Subscriber;
 use futures_util::StreamExt;
+use mcp_shared::fleet::NodeReport;
 use tokio::{sync::watch, time::sleep};
 
-use super::Inner;
+use super::{Inner, lock};
 use crate::{
+    caller::Now,
     fleet::BEAT,
     wire::{self, Beat},
 };
@@ -34,15 +36,28 @@ impl Inner {
             let now = self.bus.now();
             match beat {
                 Beat::Gone(node) => self.fleet_mut().left(&node),
-                Beat::Here(report) => self.fleet_mut().beat(now, report),
+                Beat::Here(report) => self.meet(now, report),
                 Beat::Hello(report) => {
                     if report.id != *self.bus.node() {
                         self.asked.notify_one();
                     }
-                    self.fleet_mut().beat(now, report);
+                    self.meet(now, report);
                 }
             }
         }
+    }
+
+    /// Takes a node into the view of the fleet, unless it cannot be of this fleet: it would look for
+    /// servers and secrets where they are not.
+    fn meet(&self, now: Now, report: NodeReport) {
+        let Some(why) = self.me.disagreement(&report) else {
+            return self.fleet_mut().beat(now, report);
+        };
+        let mut strangers = lock(&self.strangers);
+        if !strangers.contains(&report.id) {
+            tracing::error!(node = %report.id, %why, "a node is passed over that cannot be of this fleet");
+        }
+        strangers.put(report.id, why);
     }
 
     /// Says what this node is, each second and whenever it has something new to say.

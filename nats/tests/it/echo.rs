@@ -252,6 +252,7 @@ pub fn about(id: &WorkerId, role: Role) -> NodeReport {
         version: "0.0.0".to_owned(),
         started: Timestamp::from_millis(0),
         wire: mcp_nats::wire::VERSIONS,
+        store: String::new(),
         keys: Vec::new(),
         capacity: 4,
         draining: false,

@@ -66,7 +66,7 @@ impl TestStore {
     /// All facts that a vault with one of the keys here can have written.
     async fn facts(&self) -> BTreeMap<String, String> {
         let mut facts = BTreeMap::new();
-        for key in [SALT_FACT, FIRST_KEY_FACT, "kcv:k1", "kcv:k2", "kcv:k3"] {
+        for key in [SALT_FACT, FIRST_KEY_FACT, STORE_FACT, "kcv:k1", "kcv:k2", "kcv:k3", "writing-key:2"] {
             if let Some(value) = self.store.fact(Fact::KeyRing, key).await.unwrap() {
                 facts.insert(key.to_owned(), value);
             }
@@ -273,7 +273,11 @@ async fn an_old_database_is_used_as_mcp_api_would() {
     assert_eq!(secrets.len(), 2);
     assert!(secrets.iter().all(|secret| is_legacy(&secret.value)));
     round_trip(&vault, &stdio("one")).await;
-    assert!(store.facts().await.is_empty());
+    assert_eq!(
+        store.facts().await.into_keys().collect::<Vec<_>>(),
+        [STORE_FACT],
+        "nothing that helps to guess"
+    );
     // A strong key there is used for both formats.
     let strong = opened(&store, KEY, None).await;
     assert_eq!((strong.crypter().mode(), strong.crypter().ring().kids().count()), (LegacyMode::Rw, 1));
@@ -318,12 +322,13 @@ async fn a_key_ring_needs_nothing_old_in_the_store() {
 #[tokio::test]
 async fn another_key_than_the_stores_is_refused() {
     let store = TestStore::new();
-    opened(&store, KEY, None).await;
+    let id = opened(&store, KEY, None).await;
     assert_eq!(
         store.facts().await,
         BTreeMap::from([
             ("kcv:k1".to_owned(), "555b9c5f5496a81a".to_owned()),
             (FIRST_KEY_FACT.to_owned(), "k1".to_owned()),
+            (STORE_FACT.to_owned(), id.store_id().unwrap().to_owned()),
         ])
     );
     opened(&store, KEY, None).await;
@@ -345,8 +350,21 @@ async fn another_key_than_the_stores_is_refused() {
     let error = refusal(&store, text(PASSPHRASE), None).await;
     assert!(matches!(error, VaultError::KeyMismatch { .. }), "{error:?}");
     assert_eq!(store.facts().await, facts, "looking and being refused leave nothing behind");
-    Vault::open(store.store.clone(), KeySource::RingFile(ring.as_str().into()), None).await.unwrap();
+    let vault =
+        Vault::open(store.store.clone(), KeySource::RingFile(ring.as_str().into()), None).await.unwrap();
     assert!(store.facts().await.contains_key("kcv:k2"));
+    opened(&store, KEY, None).await.record_key().await.unwrap();
+    vault.record_key().await.unwrap();
+    vault.record_key().await.unwrap();
+    let log: Vec<_> = store.facts().await.into_iter().filter(|(key, _)| key.starts_with("writing")).collect();
+    assert_eq!(log, [("writing-key:2".to_owned(), "k2".to_owned())]);
+    // Now values may need either of them.
+    let error = refusal(&store, text(KEY), None).await;
+    assert!(matches!(&error, VaultError::KeyMissing { kid } if kid == "k2"), "{error:?}");
+    let error = refusal(&store, KeySource::RingFile(new.into()), None).await;
+    assert!(matches!(&error, VaultError::KeyMissing { kid } if kid == "k1"), "{error:?}");
+    store.store.put_once(Fact::KeyRing, "retired:k1", "by hand").await.unwrap();
+    Vault::open(store.store.clone(), KeySource::RingFile(new.into()), None).await.unwrap();
     let swapped = ring.replace("k1", "k3").replace("k2", "k1");
     let error = refusal(&store, KeySource::RingFile(swapped.into()), None).await;
     assert!(matches!(&error, VaultError::KeyMismatch { kid } if kid == "k1"), "{error:?}");
@@ -368,7 +386,7 @@ async fn nodes_with_the_same_passphrase_share_its_salt() {
     for (key, value) in &facts {
         copy.store.put_once(Fact::KeyRing, key, value).await.unwrap();
     }
-    assert_eq!((facts.len(), copy.facts().await.len()), (3, 3));
+    assert_eq!((facts.len(), copy.facts().await.len()), (4, 4));
     let damaged = refusal(&copy, text(PASSPHRASE), None).await;
     assert!(matches!(damaged, VaultError::Key(KeyError::Salt)), "{damaged:?}");
 }

@@ -8,6 +8,8 @@ use crate::{error::shorten, store::StoreError};
 const DUPLICATE_KEY: i32 = 11000;
 /// The disk is full, or writes of users are blocked: both mean that only reads go on.
 const NO_ROOM: &[i32] = &[14031, 12501, 371];
+/// The login is not valid any more, or has not the rights.
+const FORBIDDEN: &[i32] = &[13, 18, 8000];
 /// A document is larger than a document may be.
 const TOO_LARGE: &[i32] = &[10334, 17280, 17419, 17420];
 
@@ -68,6 +70,11 @@ fn classify(error: &Error) -> StoreError {
     match error.kind.as_ref() {
         _ if code.is_some_and(|code| TOO_LARGE.contains(&code)) => {
             StoreError::Corrupt { what: "a document would be larger than MongoDB allows".to_owned() }
+        }
+        // It answers and does not let this node do what it has to: an operator has to see to it.
+        _ if code.is_some_and(|code| FORBIDDEN.contains(&code)) => {
+            tracing::error!(error.cause = %cause, "MongoDB refuses this node");
+            StoreError::Unavailable { cause }
         }
         // The driver refused a document, or did not understand one. The database is not at fault.
         ErrorKind::InvalidArgument { .. } | ErrorKind::Bson(_) => StoreError::Corrupt { what: cause },

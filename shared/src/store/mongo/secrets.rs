@@ -167,10 +167,14 @@ impl Database {
         };
         for _ in 0..ATTEMPTS {
             if !self.write_secret(secret, &incarnation).await? {
+                // Another write of this key, or a server that was made anew since.
+                if !self.is_current(server, &incarnation).await? {
+                    return Err(StoreError::NotFound.into());
+                }
                 continue;
             }
             // The server may have been deleted before the write, and its secrets with it.
-            if self.incarnation(server).await?.is_some_and(|now| same(&now, &incarnation)) {
+            if self.is_current(server, &incarnation).await? {
                 return Ok(());
             }
             let mut filter = by_key(&secret.username, &secret.key);
@@ -179,6 +183,10 @@ impl Database {
             return Err(StoreError::NotFound.into());
         }
         Err(StoreError::Conflict.into())
+    }
+
+    async fn is_current(&self, server: &str, incarnation: &Bson) -> Result<bool, Failure> {
+        Ok(self.incarnation(server).await?.is_some_and(|now| same(&now, incarnation)))
     }
 
     /// Writes a secret unless another one has its key; says whether it did or somebody else came first.
@@ -191,6 +199,8 @@ impl Database {
         let mut own = key.clone();
         own.insert(SERVER, doc! { "$eq": server });
         own.insert(NAME, doc! { "$eq": name });
+        // What was set for a server made since is not replaced by what was meant for its predecessor.
+        own.insert(INCARNATION, doc! { "$eq": incarnation.clone() });
         if self.secrets.update_one(own, set.clone()).await?.matched_count > 0 {
             return Ok(true);
         }
@@ -211,8 +221,13 @@ impl Database {
         let mut found =
             doc! { "_id": { "$eq": row.id.clone() }, INCARNATION: exactly(row.incarnation.as_ref()) };
         match &row.owner {
-            // Somebody else wrote it since we looked first.
-            Some((owner, secret_name)) if owner == server && secret_name == name => return Ok(false),
+            // Somebody else wrote it since we looked first; or an earlier server of the name left it.
+            Some((owner, secret_name)) if owner == server && secret_name == name => {
+                if row.is_of(incarnation) || !self.is_current(server, incarnation).await? {
+                    return Ok(false);
+                }
+                found.insert(SERVER, doc! { "$eq": owner });
+            }
             // Names with dots can give two different secrets one key (`a` + `b.c`, `a.b` + `c`).
             // Overwriting would take the other server's secret away, unless that server is gone.
             Some((owner, _)) => {

@@ -1,0 +1,80 @@
+//! The store is away, for all nodes or for one: what may run only once stays one.
+
+use std::time::{Duration, Instant};
+
+use mcp_shared::testing::{link::Link, services::MongoServer};
+use serde_json::{Value, json};
+
+use crate::deployment::{Deployment, alive, eventually};
+
+fn through(link: &Link) -> String {
+    format!("mongodb://{}/?directConnection=true&serverSelectionTimeoutMS=1000", link.address())
+}
+
+/// The process that answers a call; `None` if nobody took it.
+async fn answering(api: &Deployment, server: &str) -> Option<i32> {
+    let answer = api.call(server, "pid", json!({})).await;
+    if answer.status != 200 {
+        assert_eq!(answer.json()["outcome"], "not_started", "{}", answer.text);
+        return None;
+    }
+    let ids: Value = serde_json::from_str(&answer.tool_text()).unwrap();
+    i32::try_from(ids["pid"].as_i64()?).ok()
+}
+
+#[tokio::test]
+async fn a_short_absence_restarts_nothing() {
+    let mongo = MongoServer::start();
+    let link = Link::to(mongo.address());
+    let api = Deployment::builder().env("MONGODB_URI", through(&link)).start().await;
+    api.add_fixture("many", &["--more"], json!({})).await;
+    api.add_fixture("one", &["--more"], json!({"scaling": "singleton"})).await;
+    let (many, one) = (answering(&api, "many").await.unwrap(), answering(&api, "one").await.unwrap());
+
+    link.cut();
+    let cut = Instant::now();
+    eventually("nobody can know any more who may run it", async || answering(&api, "one").await.is_none())
+        .await;
+    // Longer than a lease is valid, and longer than it takes until others take over from a lost worker.
+    while cut.elapsed() < Duration::from_secs(6) {
+        assert_eq!(answering(&api, "one").await, None);
+        assert_eq!(answering(&api, "many").await, Some(many), "what needs no lease goes on");
+    }
+    link.mend();
+    eventually("it is answered again", async || answering(&api, "one").await.is_some()).await;
+    assert_eq!(answering(&api, "one").await, Some(one), "its process went on");
+}
+
+/// It is still on the bus, so that nobody takes it for lost until its lease says so.
+#[tokio::test]
+async fn an_owner_that_is_cut_off_from_the_store_is_replaced() {
+    let mongo = MongoServer::start();
+    let link = Link::to(mongo.address());
+    let direct = format!("mongodb://{}/?directConnection=true", mongo.address());
+    let mut api = Deployment::builder().workers(1).env("MONGODB_URI", direct).start().await;
+    api.add_worker_with(&[("MONGODB_URI", &through(&link))]).await;
+    let cut_off = api.workers()[1].id.clone();
+    let mut name = String::new();
+    for at in 0..64 {
+        name = format!("one-{at}");
+        api.add_fixture(&name, &["--more"], json!({"scaling": "singleton"})).await;
+        if api.owners_of(&name).await[0] == cut_off {
+            break;
+        }
+    }
+    let first = answering(&api, &name).await.unwrap();
+    assert_eq!(api.owners_of(&name).await, [cut_off], "no server falls to the second worker");
+
+    link.cut();
+    eventually("another worker answers", async || {
+        answering(&api, &name).await.is_some_and(|pid| pid != first)
+    })
+    .await;
+    let second = answering(&api, &name).await.unwrap();
+    for _ in 0..20 {
+        assert_eq!(answering(&api, &name).await, Some(second), "two owners accept");
+    }
+    link.mend();
+    eventually("the old process ends as soon as its worker learns of it", async || !alive(first)).await;
+    assert_eq!(answering(&api, &name).await, Some(second));
+}
