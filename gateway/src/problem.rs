@@ -111,16 +111,27 @@ pub fn status(code: ErrorCode) -> StatusCode {
         ErrorCode::InvalidRequest
         | ErrorCode::InvalidJson
         | ErrorCode::InvalidServerName
+        | ErrorCode::InvalidPackageName
         | ErrorCode::InvalidArguments => StatusCode::BAD_REQUEST,
         ErrorCode::HostNotAllowed | ErrorCode::OriginNotAllowed | ErrorCode::BuiltinServer => {
             StatusCode::FORBIDDEN
         }
-        ErrorCode::NotFound | ErrorCode::ServerNotFound | ErrorCode::ToolNotFound => StatusCode::NOT_FOUND,
+        ErrorCode::NotFound
+        | ErrorCode::ServerNotFound
+        | ErrorCode::ToolNotFound
+        | ErrorCode::PackageNotFound
+        | ErrorCode::VersionNotFound
+        | ErrorCode::JobNotFound => StatusCode::NOT_FOUND,
         ErrorCode::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
         ErrorCode::RequestTimeout => StatusCode::REQUEST_TIMEOUT,
-        ErrorCode::ServerAlreadyExists | ErrorCode::ServerDisabled | ErrorCode::Conflict => {
-            StatusCode::CONFLICT
-        }
+        ErrorCode::ServerAlreadyExists
+        | ErrorCode::ServerDisabled
+        | ErrorCode::InstallInProgress
+        | ErrorCode::Conflict => StatusCode::CONFLICT,
+        ErrorCode::InstallWarnings
+        | ErrorCode::InstallTooLarge
+        | ErrorCode::NoEntryPoint
+        | ErrorCode::NotAnMcpServer => StatusCode::UNPROCESSABLE_ENTITY,
         ErrorCode::UriTooLong => StatusCode::URI_TOO_LONG,
         ErrorCode::HeadersTooLarge => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
         ErrorCode::PayloadTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
@@ -131,6 +142,9 @@ pub fn status(code: ErrorCode) -> StatusCode {
         | ErrorCode::ServerStopped
         | ErrorCode::ServerProtocolError
         | ErrorCode::McpError
+        | ErrorCode::InstallFailed
+        | ErrorCode::IntegrityMismatch
+        | ErrorCode::RegistryUnavailable
         | ErrorCode::WorkerLost
         | ErrorCode::ResultTooLarge => StatusCode::BAD_GATEWAY,
         ErrorCode::ServerStarting
@@ -138,10 +152,11 @@ pub fn status(code: ErrorCode) -> StatusCode {
         | ErrorCode::Overloaded
         | ErrorCode::NoWorker
         | ErrorCode::BusUnavailable
+        | ErrorCode::RuntimeMissing
         | ErrorCode::ShuttingDown
         | ErrorCode::StoreUnavailable => StatusCode::SERVICE_UNAVAILABLE,
-        ErrorCode::DeadlineExceeded => StatusCode::GATEWAY_TIMEOUT,
-        ErrorCode::StorageFull => StatusCode::INSUFFICIENT_STORAGE,
+        ErrorCode::DeadlineExceeded | ErrorCode::InstallTimeout => StatusCode::GATEWAY_TIMEOUT,
+        ErrorCode::StorageFull | ErrorCode::DiskFull => StatusCode::INSUFFICIENT_STORAGE,
     }
 }
 

@@ -21,6 +21,7 @@ use mcp_shared::{
     fleet::{Fleet, NodeReport},
     ids::{ServerName, UserId, WorkerId},
     limits,
+    package::{Latest, LatestQuery},
     worker_api::{CallContext, CallStream, Change, ServerReport, ToolCall, WorkerApi},
 };
 use tokio::sync::{Notify, Semaphore, mpsc, oneshot, watch};
@@ -302,6 +303,14 @@ impl WorkerApi for Router {
             return Err(no_worker());
         }
         Ok(())
+    }
+
+    async fn wake(&self) -> Result<(), WorkerError> {
+        self.inner.wake().await
+    }
+
+    async fn latest(&self, packages: Vec<LatestQuery>) -> Result<Vec<Latest>, WorkerError> {
+        self.inner.latest(packages).await
     }
 
     async fn fleet(&self) -> Result<Fleet, WorkerError> {

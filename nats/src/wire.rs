@@ -13,6 +13,7 @@ use mcp_shared::{
     fleet::NodeReport,
     hosting::{CallOffer, Refusal},
     ids::{RequestId, ServerName, UserId, WorkerId},
+    package::LatestQuery,
     worker_api::Change,
 };
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::DeserializeOwned};
@@ -116,6 +117,13 @@ pub enum Ask {
     },
     /// What is known about all.
     Reports,
+    /// A job was queued in the store.
+    Wake,
+    /// The latest versions of packages.
+    Latest {
+        /// Which ones.
+        packages: Vec<LatestQuery>,
+    },
     /// Something was changed in the store.
     Invalidate {
         /// What.

@@ -17,6 +17,7 @@ use crate::{crypter::LegacyMode, error::shorten};
 mod bus;
 mod dotenv;
 mod mongo;
+mod packages;
 mod parse;
 mod table;
 mod variables;
@@ -26,6 +27,7 @@ mod tests;
 
 pub use bus::{BusLogin, BusServer, BusSettings, BusTls};
 pub use mongo::{MongoLogin, MongoSettings, StoreSettings};
+pub use packages::{InstallOnStart, PackageSettings};
 pub use parse::ListenHost;
 pub use table::VARIABLES;
 pub use variables::{Group, Since, Variable, find, help_text, markdown_table};
@@ -110,6 +112,8 @@ pub struct Settings {
     pub secrets_keys_file: Option<PathBuf>,
     /// What to do with secrets in the earlier format, where the operator said so.
     pub legacy: Option<LegacyMode>,
+    /// How packages are installed.
+    pub packages: PackageSettings,
     /// Whether to log at debug level.
     pub debug: bool,
     /// How log lines look.
@@ -261,6 +265,7 @@ impl Settings {
         else {
             return Err(ConfigErrors(reader.problems));
         };
+        let packages = PackageSettings { folder: data_dir.join("packages"), ..PackageSettings::default() };
         Ok(Self {
             host,
             port,
@@ -278,6 +283,7 @@ impl Settings {
             secrets_key,
             secrets_keys_file,
             legacy,
+            packages,
             debug,
             log_format,
             log_filter,

@@ -12,6 +12,7 @@ pub mod json;
 pub mod lifecycle;
 pub mod limits;
 pub mod node;
+pub mod package;
 pub mod server;
 pub mod store;
 pub mod telemetry;

@@ -104,6 +104,36 @@ table! {
     LEASE_STORE_TIMEOUT: Duration = Duration::from_secs(2);
     /// Workers whose leases are remembered as last seen.
     LEASE_SIGHTINGS: usize = 1_024;
+    /// Installations that run side by side on one worker.
+    INSTALLS: usize = 2;
+    /// How long an installation may take.
+    INSTALL_TIMEOUT: Duration = Duration::from_secs(600);
+    /// How long npm or pip may say nothing during an installation.
+    INSTALL_SILENCE: Duration = Duration::from_secs(120);
+    /// Bytes that one installation may have.
+    INSTALL_BYTES: u64 = 2 * 1024 * 1024 * 1024;
+    /// Files that one installation may have.
+    INSTALL_FILES: u64 = 200_000;
+    /// Bytes that must be free on the disk before an installation begins.
+    INSTALL_FREE_BYTES: u64 = 500 * 1024 * 1024;
+    /// How often an installation is begun that fails for a reason that may pass.
+    INSTALL_ATTEMPTS: u32 = 3;
+    /// The pause before it is begun again; grows with each.
+    INSTALL_RETRY: Duration = Duration::from_secs(5);
+    /// How often workers look for jobs of which nobody told them.
+    JOB_POLL: Duration = Duration::from_secs(5);
+    /// Lines of a job's log.
+    JOB_LOG_LINES: usize = 200;
+    /// Bytes of such a line.
+    JOB_LINE_BYTES: usize = 512;
+    /// How long the last job of a server that does not exist is remembered.
+    JOB_MEMORY: Duration = Duration::from_secs(7 * 24 * 3_600);
+    /// How long a registry may take to say which version of a package is the latest.
+    LATEST_TIMEOUT: Duration = Duration::from_secs(15);
+    /// How long that is remembered.
+    LATEST_MEMORY: Duration = Duration::from_secs(300);
+    /// Registries that are asked at the same time.
+    LATEST_LOOKUPS: usize = 4;
     /// For how long after it was granted a slot counts as the wait that routers see.
     SLOT_WAIT_SHOWN: Duration = Duration::from_secs(1);
     /// How long a client may take to send the head of a request.

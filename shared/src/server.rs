@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 use crate::{
     ids::{SecretName, ServerName},
     limits,
+    package::PackageRef,
     timestamp::Timestamp,
 };
 
@@ -135,6 +136,9 @@ pub struct ServerRecord {
     /// Connections on one worker.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub instances: Option<u32>,
+    /// The installed package that it runs, if it was installed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub package: Option<PackageRef>,
     /// Fields that this version does not use.
     #[serde(flatten)]
     pub extra: Map<String, Value>,
@@ -231,6 +235,7 @@ impl ServerRecord {
     /// timeouts and the like apply to running ones.
     pub fn needs_restart(&self, next: &Self) -> bool {
         self.transport != next.transport
+            || self.package != next.package
             || self.isolation != next.isolation
             || self.scaling != next.scaling
             || self.secret_env != next.secret_env

@@ -105,6 +105,43 @@ impl Fact {
     }
 }
 
+/// Documents of ours that have a key and a revision, and no more structure for the store than that.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Collection {
+    /// Installed packages, by the server that each runs (`packages`, which mcp-api has too).
+    Packages,
+    /// What exactly is to be installed, by its hash (`packageLocks`).
+    PackageLocks,
+    /// The installation under way, or the last one, of each server (`jobs`).
+    Jobs,
+}
+
+impl Collection {
+    /// All of them.
+    pub const ALL: [Collection; 3] = [Collection::Packages, Collection::PackageLocks, Collection::Jobs];
+
+    /// Its name in the database.
+    pub fn name(self) -> &'static str {
+        match self {
+            Collection::Packages => "packages",
+            Collection::PackageLocks => "packageLocks",
+            Collection::Jobs => "jobs",
+        }
+    }
+
+    /// The field that holds the key, as text.
+    pub fn key(self) -> &'static str {
+        match self {
+            Collection::Packages => "mcpServerId",
+            Collection::PackageLocks => "generation",
+            Collection::Jobs => "serverName",
+        }
+    }
+}
+
+/// A document of a [`Collection`].
+pub type Document = serde_json::Map<String, serde_json::Value>;
+
 /// Why the store did not do as asked.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
@@ -201,6 +238,56 @@ pub trait Store: Send + Sync + 'static {
 
     /// Gives a lease back; nothing happens when it was lost already.
     async fn release_lease(&self, lease: &Lease) -> Result<(), StoreError>;
+
+    /// The documents of a collection, in the order in which they were added; with `active` only those whose
+    /// field of that name is `true`. One that cannot be read is logged and left out.
+    async fn documents(
+        &self,
+        _collection: Collection,
+        _active: bool,
+    ) -> Result<Vec<Versioned<Document>>, StoreError> {
+        Err(StoreError::Unavailable { cause: "not there yet".to_owned() })
+    }
+
+    /// One document by its key.
+    async fn document(
+        &self,
+        _collection: Collection,
+        _key: &str,
+    ) -> Result<Option<Versioned<Document>>, StoreError> {
+        Err(StoreError::Unavailable { cause: "not there yet".to_owned() })
+    }
+
+    /// Adds a document, which holds its key. [`StoreError::AlreadyExists`] when there is one with that key.
+    async fn insert_document(
+        &self,
+        _collection: Collection,
+        _document: &Document,
+    ) -> Result<Revision, StoreError> {
+        Err(StoreError::Unavailable { cause: "not there yet".to_owned() })
+    }
+
+    /// Replaces a document that still has the revision `expected`; else [`StoreError::Conflict`], or
+    /// [`StoreError::NotFound`] when it is gone.
+    async fn replace_document(
+        &self,
+        _collection: Collection,
+        _document: &Document,
+        _expected: Revision,
+    ) -> Result<Revision, StoreError> {
+        Err(StoreError::Unavailable { cause: "not there yet".to_owned() })
+    }
+
+    /// Removes a document; with `expected` only one that still has that revision, else
+    /// [`StoreError::Conflict`]. Says whether there was one.
+    async fn delete_document(
+        &self,
+        _collection: Collection,
+        _key: &str,
+        _expected: Option<Revision>,
+    ) -> Result<bool, StoreError> {
+        Err(StoreError::Unavailable { cause: "not there yet".to_owned() })
+    }
 
     /// Writes a fact unless it is written already; returns what stands there now.
     async fn put_once(&self, fact: Fact, key: &str, value: &str) -> Result<String, StoreError>;

@@ -12,6 +12,7 @@ use crate::{
     fleet::Fleet,
     ids::{RequestId, ServerName, ToolName, UserId, WorkerId},
     json::RawJson,
+    package::{Latest, LatestQuery},
     timestamp::Timestamp,
 };
 
@@ -208,6 +209,12 @@ pub trait WorkerApi: Send + Sync + 'static {
 
     /// Whether calls can be taken; the error says what is missing.
     async fn ready(&self) -> Result<(), WorkerError>;
+
+    /// Tells workers that a job was queued in the store. It is a hint: they look there by themselves too.
+    async fn wake(&self) -> Result<(), WorkerError>;
+
+    /// The latest versions of packages, looked up side by side, in the order of the questions.
+    async fn latest(&self, packages: Vec<LatestQuery>) -> Result<Vec<Latest>, WorkerError>;
 
     /// The nodes that are heard.
     async fn fleet(&self) -> Result<Fleet, WorkerError>;

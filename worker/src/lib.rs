@@ -10,6 +10,7 @@ mod instance;
 mod leases;
 mod logs;
 mod mcp;
+pub mod packages;
 pub mod program;
 mod registry;
 mod secrets;

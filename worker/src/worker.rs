@@ -15,6 +15,7 @@ use mcp_shared::{
     ids::{ServerName, UserId, WorkerId},
     json::RawJson,
     limits,
+    package::{Latest, LatestQuery},
     server::Isolation,
     vault::{Vault, VaultError},
     worker_api::{CallContext, CallEvent, CallStream, Change, ServerReport, ToolCall, WorkerApi},
@@ -273,6 +274,14 @@ impl WorkerApi for Worker {
             return Err(WorkerError::new(ErrorCode::ShuttingDown, "This worker is stopping"));
         }
         Ok(())
+    }
+
+    async fn wake(&self) -> Result<(), WorkerError> {
+        Ok(())
+    }
+
+    async fn latest(&self, _packages: Vec<LatestQuery>) -> Result<Vec<Latest>, WorkerError> {
+        Err(WorkerError::new(ErrorCode::RuntimeMissing, "not there yet"))
     }
 
     async fn fleet(&self) -> Result<Fleet, WorkerError> {

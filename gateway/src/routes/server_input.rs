@@ -49,6 +49,7 @@ pub fn new_record(fields: &Fields<'_>) -> Result<ServerRecord, Problem> {
         secret_env: BTreeMap::new(),
         concurrency: None,
         instances: None,
+        package: None,
         extra: Map::new(),
     };
     update_common(&mut record, fields)?;

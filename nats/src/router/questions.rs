@@ -9,6 +9,7 @@ use mcp_shared::{
     error::WorkerError,
     ids::{ServerName, UserId, WorkerId},
     limits,
+    package::{Latest, LatestQuery},
     worker_api::{ServerReport, ServerStatus},
 };
 use tokio::{
@@ -223,6 +224,39 @@ impl Inner {
             }
         }
         Ok(by_name.into_values().filter_map(merge).collect())
+    }
+
+    /// Tells all workers that a job waits, and whoever else listens.
+    pub(super) async fn wake(self: &Arc<Self>) -> Result<(), WorkerError> {
+        let event = self.bus.subjects().event("job", "queued");
+        if let Err(error) = self.bus.publish(event, Bytes::new()).await {
+            tracing::debug!(error.cause = %error, "an event was not sent");
+        }
+        self.ask_all(&Ask::Wake).await.map(|_| ())
+    }
+
+    /// Asks one worker for the latest versions of packages, and another one if that says nothing.
+    pub(super) async fn latest(
+        self: &Arc<Self>,
+        packages: Vec<LatestQuery>,
+    ) -> Result<Vec<Latest>, WorkerError> {
+        if !self.is_up() {
+            return Err(bus_unavailable());
+        }
+        let mut workers = self.fleet().staying(self.bus.now());
+        let ask = Ask::Latest { packages };
+        let whole = 4 * limits::LATEST_TIMEOUT;
+        let manners = Manners { again: None, first: PATIENCE, whole };
+        while !workers.is_empty() {
+            let worker = workers.swap_remove(self.draw(workers.len()));
+            match self.question(&worker, &ask, &manners).await {
+                Ok(answer) => return serde_json::from_slice(&answer).map_err(WorkerError::internal),
+                Err(Unanswered::Failed(error)) => return Err(error),
+                Err(Unanswered::Gone) => self.fleet_mut().silent(&worker),
+                Err(Unanswered::Silent) => {}
+            }
+        }
+        Err(no_worker())
     }
 
     async fn ask_all(self: &Arc<Self>, ask: &Ask) -> Result<Vec<Result<Bytes, Unanswered>>, WorkerError> {

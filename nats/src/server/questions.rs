@@ -74,6 +74,8 @@ impl Inner {
             Ask::Restart { user, server } => written(&self.host.restart_server(&user, &server).await?),
             Ask::Report { server } => written(&self.host.report(&server).await?),
             Ask::Reports => written(&self.host.reports().await?),
+            Ask::Wake => written(&self.host.wake().await?),
+            Ask::Latest { packages } => written(&self.host.latest(packages).await?),
             Ask::Invalidate { change } => {
                 if let Err(error) = self.host.announce(change).await {
                     // What could not be read now is read before the next call: nothing is started with what

@@ -16,6 +16,7 @@ use mcp_shared::{
     ids::{ServerName, UserId, WorkerId},
     json::RawJson,
     limits,
+    package::{Latest, LatestQuery},
     timestamp::Timestamp,
     worker_api::{
         CallContext, CallEvent, CallStream, Change, ServerReport, ServerStatus, ToolCall, WorkerApi,
@@ -237,6 +238,14 @@ impl WorkerApi for Echo {
 
     async fn ready(&self) -> Result<(), WorkerError> {
         Ok(())
+    }
+
+    async fn wake(&self) -> Result<(), WorkerError> {
+        Ok(())
+    }
+
+    async fn latest(&self, packages: Vec<LatestQuery>) -> Result<Vec<Latest>, WorkerError> {
+        Ok(packages.into_iter().map(|package| Latest::Version(package.name)).collect())
     }
 
     async fn fleet(&self) -> Result<Fleet, WorkerError> {
