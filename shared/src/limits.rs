@@ -94,7 +94,7 @@ table! {
     /// A worker that could not renew for this long ends the processes of such servers, which have taken
     /// no call since `LEASE_VALID`: a short absence of the store costs no restart. It ends them at once
     /// when another worker has taken its lease.
-    LEASE_RETIREMENT: Duration = Duration::from_secs(60);
+    LEASE_RETIREMENT: Duration = Duration::from_secs(20);
     /// A worker whose lease another one has seen unchanged for this long, by its own clock, is lost: what
     /// it ran may be taken. It must be longer than `LEASE_VALID` by more than clocks may drift.
     LEASE_TAKEOVER: Duration = Duration::from_secs(4);

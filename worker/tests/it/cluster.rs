@@ -21,7 +21,7 @@ use tokio::time::{Instant, sleep};
 use crate::faults::Faulty;
 
 /// How long a condition may take to come true.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(40);
 
 /// One store and a folder for what servers write.
 pub struct Cluster {
