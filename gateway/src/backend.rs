@@ -37,9 +37,13 @@ impl Backend {
         stop: &CancellationToken,
     ) -> Result<Self, NodeError> {
         match &settings.bus {
-            None => Ok(Backend::Here(
-                Worker::open(vault.clone(), supervisor::this_program(), Boot::Everything).await?,
-            )),
+            None => {
+                let program = supervisor::this_program();
+                let worker =
+                    Worker::open(vault.clone(), program, Boot::Everything, &settings.packages).await?;
+                worker.serve_jobs(Arc::clone(&worker) as Arc<dyn WorkerApi>);
+                Ok(Backend::Here(worker))
+            }
             Some(bus) => {
                 let connect = async || cluster::connect(bus, me).await;
                 node::patiently(settings, stop, connect).await.map(Backend::Fleet)

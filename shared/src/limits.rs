@@ -119,7 +119,7 @@ table! {
     /// How often an installation is begun that fails for a reason that may pass.
     INSTALL_ATTEMPTS: u32 = 3;
     /// The pause before it is begun again; grows with each.
-    INSTALL_RETRY: Duration = Duration::from_secs(5);
+    INSTALL_RETRY: Duration = Duration::from_secs(2);
     /// How often workers look for jobs of which nobody told them.
     JOB_POLL: Duration = Duration::from_secs(5);
     /// Lines of a job's log.

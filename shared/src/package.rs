@@ -211,6 +211,9 @@ pub struct PackageRecord {
     /// Packages that have install scripts, which were not run.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub skipped_scripts: Vec<String>,
+    /// The argument that was found to start the server, to be found anew in another version.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub entry: Option<String>,
     /// The job that installed it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub job_id: Option<String>,

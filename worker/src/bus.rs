@@ -15,6 +15,7 @@ use mcp_shared::{
     fleet::{NodeReport, Role},
     hosting::Hosting,
     node::NodeError,
+    worker_api::WorkerApi,
 };
 
 use crate::worker::Worker;
@@ -42,6 +43,11 @@ impl Bus {
         let server = Server::start(bus, host, router.clone()).await;
         let server = Arc::new(server.map_err(|error| unusable(settings, error))?);
         Ok(Self { router, server })
+    }
+
+    /// The workers of the fleet, this one among them.
+    pub fn fleet(&self) -> Arc<dyn WorkerApi> {
+        Arc::new(self.router.clone())
     }
 
     /// Waits until calls are taken.

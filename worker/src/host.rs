@@ -7,6 +7,7 @@ use std::{
 };
 
 use mcp_shared::{
+    config::PackageSettings,
     ids::{SecretName, UserId, WorkerId},
     server::{Isolation, Scaling, ServerRecord},
     store::SealedSecret,
@@ -19,6 +20,7 @@ use zeroize::Zeroizing;
 
 use crate::{
     leases::{Hold, Leases},
+    packages::Packages,
     secrets::SecretCache,
     supervisor::Supervisor,
 };
@@ -46,6 +48,8 @@ pub struct Host {
     pub secrets: SecretCache,
     /// Starts processes and ends them.
     pub supervisor: Supervisor,
+    /// What is installed here.
+    pub packages: Arc<Packages>,
     /// Every task of this worker.
     pub tasks: TaskTracker,
     /// Set when the worker takes no more calls.
@@ -75,7 +79,7 @@ pub struct SecretEnv {
 
 impl Host {
     /// A worker's means. `executable` can be run as a supervisor.
-    pub fn new(vault: Vault, executable: PathBuf, boot: Boot) -> Self {
+    pub fn new(vault: Vault, executable: PathBuf, boot: Boot, packages: &PackageSettings) -> Self {
         let worker_id = WorkerId::generate();
         let tasks = TaskTracker::new();
         let leases = (boot == Boot::OnDemand)
@@ -85,6 +89,7 @@ impl Host {
             secrets: SecretCache::new(vault.clone()),
             vault,
             supervisor: Supervisor::new(executable),
+            packages: Arc::new(Packages::new(packages)),
             tasks,
             draining: CancellationToken::new(),
             stopping: CancellationToken::new(),

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use mcp_shared::{error::shorten, json::RawJson, limits, timestamp::Timestamp};
+use mcp_shared::{error::shorten, json::RawJson, limits, package::PackageRef, timestamp::Timestamp};
 use tokio::{
     io::{AsyncRead, AsyncReadExt},
     sync::watch,
@@ -21,6 +21,7 @@ use zeroize::Zeroizing;
 use crate::{
     logs::{COLLECTED, Known, Log},
     mcp,
+    packages::{folders::Installed, launch::localized},
     supervisor::{Child, Exit, SpawnSpec, Supervisor},
     transport::stdio::Connection,
 };
@@ -76,6 +77,8 @@ pub struct Launch<'a> {
     pub args: &'a [String],
     /// The record's variables, in clear.
     pub env: &'a BTreeMap<String, String>,
+    /// The installed package that it is of, and where that is.
+    pub package: Option<(&'a PackageRef, Arc<Installed>)>,
     /// Variables made of a user's secrets; they win over the record's.
     pub secret_env: Vec<(String, Zeroizing<String>)>,
     /// Keeps these values out of the log while the process lives.
@@ -83,15 +86,22 @@ pub struct Launch<'a> {
 }
 
 impl Launch<'_> {
-    fn spec(self) -> (SpawnSpec, Known) {
+    fn spec(self) -> (SpawnSpec, Known, Option<Arc<Installed>>) {
+        let (mut command, mut args) = (self.command.to_owned(), self.args.to_vec());
+        let mut own = self.env.clone();
+        if let Some((reference, installed)) = &self.package {
+            let path = std::env::var("PATH").ok();
+            let local = localized(reference, &installed.folder, &command, &args, &own, path.as_deref());
+            (command, args, own) = (local.command, local.args, local.env);
+        }
         let mut env: BTreeMap<String, Zeroizing<String>> = INHERITED
             .iter()
             .filter_map(|name| Some(((*name).to_owned(), Zeroizing::new(std::env::var(name).ok()?))))
             .collect();
-        env.extend(self.env.iter().map(|(name, value)| (name.clone(), Zeroizing::new(value.clone()))));
+        env.extend(own.into_iter().map(|(name, value)| (name, Zeroizing::new(value))));
         env.extend(self.secret_env);
-        let (program, args) = (self.command.to_owned(), self.args.to_vec());
-        (SpawnSpec { program, args, env: env.into_iter().collect() }, self.known)
+        let installed = self.package.map(|(_, installed)| installed);
+        (SpawnSpec { program: command, args, env: env.into_iter().collect() }, self.known, installed)
     }
 }
 
@@ -107,7 +117,7 @@ impl Instance {
         tasks: &TaskTracker,
     ) -> Result<Arc<Self>, String> {
         let deadline = Instant::now() + limit;
-        let (spec, known) = launch.spec();
+        let (spec, known, installed) = launch.spec();
         let (child, streams) = tokio::time::timeout_at(deadline, supervisor.spawn(spec))
             .await
             .map_err(|_| "the process was not started in time".to_owned())??;
@@ -132,7 +142,7 @@ impl Instance {
         let watch = watch_over(child, connection.clone(), stop.clone(), ended_sender);
         tasks.spawn(async move {
             watch.await;
-            drop(known);
+            drop((known, installed));
         });
 
         let greet = async {

@@ -138,9 +138,11 @@ async fn start(
 ) -> Result<(Arc<Worker>, Bus), NodeError> {
     let vault = node::open(settings, stop).await?;
     health.store(&vault);
-    let worker = Worker::open(vault.clone(), supervisor::this_program(), Boot::OnDemand).await?;
+    let worker =
+        Worker::open(vault.clone(), supervisor::this_program(), Boot::OnDemand, &settings.packages).await?;
     let bus = node::patiently(settings, stop, async || Bus::connect(bus, &worker).await).await?;
     vault.record_key().await?;
+    worker.serve_jobs(bus.fleet());
     health.bus(&bus);
     tokio::select! {
         () = bus.in_step() => {}

@@ -17,10 +17,13 @@ use mcp_shared::{
     worker_api::{ServerReport, ServerStatus},
 };
 
+use tokio::time::Instant;
+
 use crate::{
     group::{CurrentRecord, Group, current},
     host::Host,
     logs::Log,
+    packages::managers::Say,
 };
 
 mod owning;
@@ -151,17 +154,31 @@ impl Entry {
             }
             Some(new) => new.enabled && !old.needs_restart(new),
         };
+        let other_package =
+            stored.as_ref().is_none_or(|new| new.package != old.package) && old.package.is_some();
+        let beside = stored.as_ref().is_some_and(|new| may_run_beside(&old, new)) && self.runs_shared();
+        if let Some(new) = &stored
+            && !keep
+            && !beside
+        {
+            self.install_ahead(new, host).await;
+        }
         if let Some(new) = stored {
             let _groups = self.groups();
             *self.record.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(new);
         }
         let again = host.leases.is_none() || self.runs_shared();
-        if !keep {
+        if beside {
+            self.replace_beside(host).await;
+        } else if !keep {
             let next = current(&self.record);
             let again = again && next.enabled && next.isolation == Isolation::Shared;
             let same_lease =
                 |group: &Group| again && group.user.is_none() && next.scaling == Scaling::Singleton;
             self.retire(|_| true, limits::STOP_DRAIN, same_lease).await;
+        }
+        if other_package {
+            host.packages.sweep_later();
         }
         // In a cluster it may run elsewhere, or be placed by somebody who knows better.
         if again {
@@ -169,6 +186,35 @@ impl Entry {
         }
         host.note_change();
         Ok(())
+    }
+
+    /// Starts the new version beside the old, and lets the old one finish its calls when the new one is up.
+    async fn replace_beside(self: &Arc<Self>, host: &Arc<Host>) {
+        let next = self.new_group(None, host);
+        let limit = current(&self.record).startup_limit() + limits::INSTALL_TIMEOUT;
+        if next.ensure_running(Instant::now() + limit, true).await.is_err() {
+            // It was tried where it was installed; here the group goes on trying.
+            tracing::error!(server = %self.name, "the new version of a package does not start on this worker");
+        }
+        let Some(old) = self.groups().shared.replace(next) else { return };
+        let host = Arc::clone(host);
+        let tasks = host.tasks.clone();
+        tasks.spawn(async move {
+            old.retire(limits::TOOL_TIMEOUT_MAX).await;
+            old.rest().await;
+            host.packages.sweep_later();
+            host.note_change();
+        });
+    }
+
+    /// Has the package of a server's next process installed while the old one still serves.
+    async fn install_ahead(&self, new: &ServerRecord, host: &Arc<Host>) {
+        let Some(reference) = new.package.as_ref().filter(|_| new.enabled) else { return };
+        let log = Arc::clone(&self.log);
+        let say: Say = Arc::new(move |line| log.note(line));
+        if let Err(error) = host.packages.ensure(reference, host, say, &host.stopping).await {
+            self.log.note(&format!("its package cannot be installed here: {}", error.message));
+        }
     }
 
     /// Whether the server is gone from the store. There may be a new one of the same name.
@@ -304,6 +350,15 @@ impl Entry {
     fn groups(&self) -> MutexGuard<'_, Groups> {
         lock(&self.groups)
     }
+}
+
+/// Whether the only thing that keeps old processes from staying is another version of their package, and
+/// both versions may run at the same time.
+fn may_run_beside(old: &ServerRecord, new: &ServerRecord) -> bool {
+    let alike = |record: &ServerRecord| {
+        (record.enabled, record.isolation, record.scaling) == (true, Isolation::Shared, Scaling::Replicated)
+    };
+    alike(old) && alike(new) && new.package.is_some() && old.package != new.package
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -9,6 +9,7 @@ use std::{
 
 use async_trait::async_trait;
 use mcp_shared::{
+    config::PackageSettings,
     error::{ErrorCode, Outcome, WorkerError},
     fleet::{Fleet, NodeReport, NodeView, Role},
     hosting::{CallOffer, Hosting, Placing, Refusal, Reservation},
@@ -31,6 +32,7 @@ use crate::{
     group::{NoSlot, current},
     host::{Boot, Host},
     leases::Leases,
+    packages,
     registry::Entry,
 };
 
@@ -50,10 +52,15 @@ pub struct Worker {
 impl Worker {
     /// Reads what is stored and begins to start what `boot` says. `executable` is this program, which
     /// runs again as the supervisor of the servers (see [`crate::supervisor`]).
-    pub async fn open(vault: Vault, executable: PathBuf, boot: Boot) -> Result<Arc<Self>, VaultError> {
+    pub async fn open(
+        vault: Vault,
+        executable: PathBuf,
+        boot: Boot,
+        packages: &PackageSettings,
+    ) -> Result<Arc<Self>, VaultError> {
         let servers = vault.servers().await?;
         let mut listings = stored_listings(&vault).await?;
-        let host = Arc::new(Host::new(vault, executable, boot));
+        let host = Arc::new(Host::new(vault, executable, boot, packages));
         let entries: HashMap<_, _> = servers
             .into_iter()
             .map(|server| {
@@ -76,6 +83,12 @@ impl Worker {
         }
         let me = NodeReport::of(host.worker_id.clone(), Role::Worker, mcp_nats::wire::VERSIONS, &host.vault);
         Ok(Arc::new(Self { host, entries, calls: TaskTracker::new(), me }))
+    }
+
+    /// Takes jobs from the store from now on, until this worker stops. `fleet` is this worker, or all of
+    /// those that have to hear of what a job changes.
+    pub fn serve_jobs(&self, fleet: Arc<dyn WorkerApi>) {
+        self.host.tasks.spawn(packages::serve(Arc::clone(&self.host), fleet));
     }
 
     /// This worker's id.
@@ -277,11 +290,12 @@ impl WorkerApi for Worker {
     }
 
     async fn wake(&self) -> Result<(), WorkerError> {
+        self.host.packages.wake();
         Ok(())
     }
 
-    async fn latest(&self, _packages: Vec<LatestQuery>) -> Result<Vec<Latest>, WorkerError> {
-        Err(WorkerError::new(ErrorCode::RuntimeMissing, "not there yet"))
+    async fn latest(&self, packages: Vec<LatestQuery>) -> Result<Vec<Latest>, WorkerError> {
+        Ok(self.host.packages.latest(packages, &self.host).await)
     }
 
     async fn fleet(&self) -> Result<Fleet, WorkerError> {

@@ -6,6 +6,7 @@ use std::{sync::Arc, time::Duration};
 use mcp_shared::{
     error::{ErrorCode, WorkerError},
     limits,
+    package::PackageRef,
     server::{ServerRecord, Transport},
     timestamp::Timestamp,
 };
@@ -18,6 +19,7 @@ use super::{Group, NoSlot, State, Trouble, current, not_started, upkeep::watch_i
 use crate::{
     instance::{Instance, Launch},
     leases::Denied,
+    packages::{folders::Installed, managers::Say},
 };
 
 /// A start or a stop that is under way. The channel closes when it is over, and says then why a start
@@ -190,13 +192,28 @@ impl Group {
         self.state().secrets = Some(secret_env.fingerprint);
         // What the process knows for as long as it lives must not show up in its log.
         let known = self.log.remember(secret_env.values.iter());
-        let launch = Launch { command, args, env: &env.0, secret_env: secret_env.variables, known };
+        let package = match &record.package {
+            Some(reference) => {
+                let installed = self.installed(reference).await;
+                Some((reference, installed.map_err(|text| failed(text, Vec::new()))?))
+            }
+            None => None,
+        };
+        let launch = Launch { command, args, env: &env.0, package, secret_env: secret_env.variables, known };
         let limit = record.startup_limit();
         let host = &self.host;
         let started =
             Instance::start(launch, limit, &self.retired, &self.log, &host.supervisor, &host.tasks).await;
         // It may repeat the server's own words.
         started.map_err(|text| failed(self.log.redactor().quote(text), secret_env.missing))
+    }
+
+    /// The installation that it runs, which this worker may have to make first.
+    async fn installed(&self, reference: &PackageRef) -> Result<Arc<Installed>, String> {
+        let log = Arc::clone(&self.log);
+        let say: Say = Arc::new(move |line| log.note(line));
+        let installed = self.host.packages.ensure(reference, &self.host, say, &self.retired).await;
+        installed.map_err(|error| format!("its package cannot be installed here: {}", error.message))
     }
 
     /// Takes in what a start brought.

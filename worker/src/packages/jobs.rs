@@ -1,0 +1,736 @@
+//! Jobs: what is to be installed or upgraded, taken from the store by one worker at a time.
+//!
+//! A job is one document, and every step of its worker is a compare-and-set of it: a worker that was taken
+//! for lost and goes on all the same finds at its next step that the job is another's, and leaves it. What
+//! it made until then harms nobody: locks and installations are named after their contents.
+
+use std::{
+    collections::HashSet,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
+    time::Duration,
+};
+
+use mcp_shared::{
+    error::{ErrorCode, WorkerError},
+    ids::{ServerName, WorkerId},
+    limits,
+    package::{Generation, Job, JobKind, JobState, PackageRecord, PackageRef, Runtime},
+    server::{Isolation, Scaling, ServerRecord, Transport},
+    store::{Revision, StoreError, Versioned},
+    timestamp::Timestamp,
+    vault::{Vault, VaultError},
+    worker_api::{Change, WorkerApi},
+};
+use tokio::{
+    sync::Notify,
+    time::{Instant, sleep},
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    folders::Installed,
+    managers::{Say, Work},
+};
+use crate::{
+    host::Host,
+    instance::{Instance, Launch},
+    logs::Log,
+};
+
+/// How often what was said is written to the store.
+const TELL: Duration = Duration::from_millis(500);
+/// How often a record is tried again that others change at the same time.
+const ATTEMPTS: usize = 5;
+
+/// Takes jobs until the worker stops. `fleet` tells every worker of what changed.
+pub async fn serve(host: Arc<Host>, fleet: Arc<dyn WorkerApi>) {
+    let runner = Arc::new(Runner { host, fleet, running: Mutex::default() });
+    let packages = Arc::clone(&runner.host.packages);
+    loop {
+        if !runner.host.draining.is_cancelled() {
+            match runner.host.vault.jobs(true).await {
+                Ok(jobs) => jobs.into_iter().for_each(|job| Runner::consider(&runner, job)),
+                Err(error) => tracing::warn!(error.cause = %error, "jobs cannot be read"),
+            }
+            if packages.sweep_due.swap(false, Ordering::AcqRel) {
+                runner.tidy().await;
+            }
+        }
+        tokio::select! {
+            () = packages.wake.notified() => {}
+            () = sleep(limits::JOB_POLL) => {}
+            () = runner.host.stopping.cancelled() => return,
+        }
+    }
+}
+
+struct Runner {
+    host: Arc<Host>,
+    fleet: Arc<dyn WorkerApi>,
+    /// Jobs that this worker is at, or about to take.
+    running: Mutex<HashSet<ServerName>>,
+}
+
+/// Why a job goes no further here.
+enum Stop {
+    /// It failed.
+    Failed(WorkerError),
+    /// It is another worker's now, or this one stops.
+    Left,
+}
+
+impl From<WorkerError> for Stop {
+    fn from(error: WorkerError) -> Self {
+        Stop::Failed(error)
+    }
+}
+
+impl From<VaultError> for Stop {
+    fn from(error: VaultError) -> Self {
+        Stop::Failed(error.into())
+    }
+}
+
+impl Runner {
+    /// Takes a job if nobody is at it.
+    fn consider(runner: &Arc<Self>, job: Versioned<Job>) {
+        let name = job.value.server_name.clone();
+        let waits = job.value.not_before.is_some_and(|then| then > Timestamp::now());
+        let full = lock(&runner.running).len() >= limits::INSTALLS;
+        if waits || full || !lock(&runner.running).insert(name.clone()) {
+            return;
+        }
+        let taken = Arc::clone(runner);
+        runner.host.tasks.spawn(async move {
+            if taken.is_free(&job.value).await {
+                taken.run(job).await;
+            }
+            lock(&taken.running).remove(&name);
+            // There may be more than this worker can take at once.
+            taken.host.packages.wake();
+        });
+    }
+
+    /// Whether nobody is at a job: it is queued, or its worker is lost.
+    async fn is_free(&self, job: &Job) -> bool {
+        match (&job.owner, &self.host.leases) {
+            _ if job.state == JobState::Queued => true,
+            (Some(owner), Some(leases)) if *owner != self.host.worker_id => {
+                leases.outlived(owner, Instant::now() + limits::LEASE_TAKEOVER * 2).await
+            }
+            // It is this worker's and not under way; or on a single node, of an earlier process.
+            _ => true,
+        }
+    }
+
+    async fn run(&self, job: Versioned<Job>) {
+        let Some(progress) = Progress::claim(&self.host, job).await else { return };
+        let name = progress.job().server_name;
+        let work = async {
+            let done = self.execute(&progress).await;
+            progress.ended.cancel();
+            done
+        };
+        // What is said gets into the store while the work goes on.
+        let (done, ()) = tokio::join!(work, progress.tell());
+        match done {
+            Ok(version) => progress.finish(Ok(version)).await,
+            Err(Stop::Failed(error)) => {
+                tracing::warn!(server = %name, %error, "a job failed");
+                progress.finish(Err(error)).await;
+            }
+            Err(Stop::Left) => {
+                tracing::info!(server = %name, "a job is left to others");
+                if self.host.stopping.is_cancelled() {
+                    progress.give_back().await;
+                }
+            }
+        }
+        self.host.packages.sweep_later();
+    }
+
+    /// Does what a job says. Returned is the version that is installed in the end.
+    async fn execute(&self, progress: &Arc<Progress>) -> Result<String, Stop> {
+        let job = progress.job();
+        let packages = &self.host.packages;
+        let before = match job.kind {
+            JobKind::Install => None,
+            JobKind::Upgrade => {
+                let stored = self.host.vault.package(&job.server_name).await?;
+                Some(stored.ok_or_else(|| unknown(&job.server_name))?.value)
+            }
+        };
+        if job.kind == JobKind::Install && self.is_done(&job).await? {
+            // An earlier attempt came this far.
+            let record = self.host.vault.package(&job.server_name).await?;
+            self.announce(&job.server_name).await;
+            return Ok(record.map(|record| record.value.version).unwrap_or_default());
+        }
+
+        progress.phase("resolving").await?;
+        let lock = {
+            let scratch = packages.folders.scratch().await?;
+            let _place = packages.installs.acquire().await.map_err(WorkerError::internal)?;
+            let work = Work {
+                supervisor: &self.host.supervisor,
+                say: progress.say(),
+                cancelled: &progress.cancelled,
+            };
+            let resolved = packages.managers.resolve(&job.spec, scratch.path(), &work).await;
+            progress.still_ours()?;
+            resolved?
+        };
+        progress.note(format!("{} {} is what will be installed", lock.name, lock.version));
+        for script in &lock.skipped_scripts {
+            progress.note(format!("install scripts of {script} are not run"));
+        }
+        let reference = PackageRef {
+            generation: self.host.vault.put_lock(&lock).await?,
+            runtime: lock.runtime,
+            path: packages.folders.documented(lock.runtime, &lock.name, &job.server_name),
+        };
+
+        progress.phase("installing").await?;
+        let installed = packages.ensure(&reference, &self.host, progress.say(), &progress.cancelled).await;
+        progress.still_ours()?;
+        let installed = installed?;
+
+        let old = match job.kind {
+            JobKind::Install => {
+                job.server.clone().ok_or_else(|| WorkerError::internal("a job has no server"))?
+            }
+            JobKind::Upgrade => {
+                self.host
+                    .vault
+                    .server(&job.server_name)
+                    .await?
+                    .ok_or_else(|| unknown(&job.server_name))?
+                    .value
+            }
+        };
+        let (transport, entry) =
+            self.transport(&job, &old.transport, before.as_ref(), &installed, &reference)?;
+        let mut server = old;
+        server.transport = transport;
+        server.package = Some(reference.clone());
+        if server.enabled && needs_no_user(&server) {
+            progress.phase("starting").await?;
+            self.probe(&server, &installed, progress).await?;
+        }
+
+        progress.phase("registering").await?;
+        let mut record = match before {
+            Some(mut record) => {
+                record.last_upgraded = Some(Timestamp::now());
+                record
+            }
+            None => new_record(&job, &server),
+        };
+        record.version.clone_from(&lock.version);
+        record.status = "installed".to_owned();
+        record.install_path.clone_from(&reference.path);
+        record.venv_path = (lock.runtime == Runtime::Python).then(|| reference.path.clone());
+        record.generation = Some(reference.generation.clone());
+        record.skipped_scripts.clone_from(&lock.skipped_scripts);
+        record.entry = entry;
+        record.job_id = Some(job.id.clone());
+        if let Some(latest) = &record.latest_version {
+            record.update_available =
+                Some(mcp_shared::package::versions::is_newer(record.runtime, latest, &record.version));
+        }
+        match job.kind {
+            JobKind::Install => self.register(&job, &server, &record).await?,
+            JobKind::Upgrade => self.switch(&server, &record).await?,
+        }
+        // It may have been removed meanwhile as one that nothing needs.
+        self.host.vault.put_lock(&lock).await?;
+        progress.phase("switching").await?;
+        self.announce(&job.server_name).await;
+        drop(installed);
+        Ok(lock.version)
+    }
+
+    async fn is_done(&self, job: &Job) -> Result<bool, Stop> {
+        let Some(server) = &job.server else { return Ok(false) };
+        let stored = self.host.vault.server(&server.name).await?;
+        let record = self.host.vault.package(&server.name).await?;
+        Ok(stored.is_some_and(|stored| stored.value.id == server.id)
+            && record.is_some_and(|record| record.value.job_id.as_deref() == Some(&job.id)))
+    }
+
+    /// How the new version is started, and the entry point that was found, if one was looked for.
+    fn transport(
+        &self,
+        job: &Job,
+        current: &Transport,
+        before: Option<&PackageRecord>,
+        installed: &Installed,
+        reference: &PackageRef,
+    ) -> Result<(Transport, Option<String>), WorkerError> {
+        let Transport::Stdio { command, args, env } = current else {
+            return Ok((current.clone(), None));
+        };
+        // What an earlier installation found is looked for anew; what somebody wrote stays.
+        let found = before.and_then(|record| record.entry.as_ref());
+        let given = match found {
+            Some(entry) if args.first() == Some(entry) => {
+                Transport::Stdio { command: String::new(), args: args[1..].to_vec(), env: env.clone() }
+            }
+            _ => Transport::Stdio { command: command.clone(), args: args.clone(), env: env.clone() },
+        };
+        let look = matches!(&given, Transport::Stdio { command, .. } if command.is_empty());
+        // A module's command line is the same for every version.
+        if before.is_some() && reference.runtime == Runtime::Python && command.ends_with("/bin/python") {
+            return Ok((current.clone(), None));
+        }
+        let managers = &self.host.packages.managers;
+        let transport = managers.entry_point(&job.spec, &given, &installed.folder, &reference.path)?;
+        let entry = match &transport {
+            Transport::Stdio { args, .. } if look && reference.runtime == Runtime::Node => {
+                args.first().cloned()
+            }
+            _ => None,
+        };
+        Ok((transport, entry))
+    }
+
+    /// Starts the server beside whatever runs, asks for its tools, and ends it.
+    async fn probe(
+        &self,
+        server: &ServerRecord,
+        installed: &Arc<Installed>,
+        progress: &Progress,
+    ) -> Result<(), Stop> {
+        let Transport::Stdio { command, args, env } = &server.transport else { return Ok(()) };
+        let log = Arc::<Log>::default();
+        let launch = Launch {
+            command,
+            args,
+            env: &env.0,
+            package: server.package.as_ref().map(|reference| (reference, Arc::clone(installed))),
+            secret_env: Vec::new(),
+            known: log.remember(std::iter::empty()),
+        };
+        let host = &self.host;
+        let limit = server.startup_limit();
+        let started =
+            Instance::start(launch, limit, &progress.cancelled, &log, &host.supervisor, &host.tasks).await;
+        progress.still_ours()?;
+        for line in log.lines() {
+            progress.note(line);
+        }
+        match started {
+            Ok(instance) => {
+                instance.stop().await;
+                progress.note("it listed its tools".to_owned());
+                Ok(())
+            }
+            Err(why) => {
+                let text = format!(
+                    "Package {} was installed and did not answer as an MCP server: {}",
+                    server.package.as_ref().map_or("", |reference| reference.path.as_str()),
+                    log.redactor().quote(why)
+                );
+                progress.note(text.clone());
+                let error =
+                    WorkerError::new(ErrorCode::NotAnMcpServer, mcp_shared::error::shorten(&text, 500));
+                Err(error.with("serverName", server.name.as_str()).with("logs", log.lines()).into())
+            }
+        }
+    }
+
+    /// Adds the server and the package. The server first: it is what others see.
+    async fn register(&self, job: &Job, server: &ServerRecord, record: &PackageRecord) -> Result<(), Stop> {
+        let vault = &self.host.vault;
+        match vault.insert_server(server).await {
+            Ok(_) => {}
+            Err(VaultError::Store(StoreError::AlreadyExists { existing })) => {
+                let stored = vault.server(&server.name).await?;
+                let Some(stored) = stored.filter(|stored| stored.value.id == server.id) else {
+                    let text = format!("Server with name {existing} already exists");
+                    return Err(WorkerError::new(ErrorCode::ServerAlreadyExists, text).into());
+                };
+                // An attempt that was cut short added it.
+                vault.replace_server(server, stored.revision).await?;
+            }
+            Err(error) => return Err(error.into()),
+        }
+        match vault.insert_package(record).await {
+            Ok(_) => Ok(()),
+            Err(VaultError::Store(StoreError::AlreadyExists { .. })) => {
+                // What an earlier server of the name left behind.
+                let Some(stored) = vault.package(&job.server_name).await? else { return Err(Stop::Left) };
+                vault.replace_package(record, stored.revision).await?;
+                Ok(())
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Has the server run the new installation. What others changed about it meanwhile stays.
+    async fn switch(&self, next: &ServerRecord, record: &PackageRecord) -> Result<(), Stop> {
+        let vault = &self.host.vault;
+        for _ in 0..ATTEMPTS {
+            let stored = vault.server(&next.name).await?.ok_or_else(|| unknown(&next.name))?;
+            let mut server = stored.value;
+            server.transport = next.transport.clone();
+            server.package.clone_from(&next.package);
+            server.updated_at = Timestamp::now();
+            match vault.replace_server(&server, stored.revision).await {
+                Ok(_) => {}
+                Err(VaultError::Store(StoreError::Conflict)) => continue,
+                Err(error) => return Err(error.into()),
+            }
+            let mut record = record.clone();
+            let stored = vault.package(&next.name).await?.ok_or_else(|| unknown(&next.name))?;
+            record.enabled = server.enabled;
+            record.latest_version.clone_from(&stored.value.latest_version);
+            match vault.replace_package(&record, stored.revision).await {
+                Ok(_) => return Ok(()),
+                Err(VaultError::Store(StoreError::Conflict)) => continue,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        let text = "The server was changed by others at the same time; try again";
+        Err(WorkerError::new(ErrorCode::Conflict, text).into())
+    }
+
+    /// Tells every worker. Whoever does not hear it now finds it in the store before long.
+    async fn announce(&self, server: &ServerName) {
+        let told = self.fleet.announce(Change::Server { server: server.clone() }).await;
+        if let Err(error) = told {
+            tracing::warn!(server = %server, %error, "not every worker was told of an installation");
+        }
+    }
+
+    /// Removes locks that no server has, what was made of them, and old news of servers that do not exist.
+    async fn tidy(&self) {
+        let vault = &self.host.vault;
+        let forget = async {
+            let locks = vault.locks().await?;
+            let jobs = vault.jobs(true).await?;
+            let kept: HashSet<Generation> = kept(vault).await?;
+            let over = Timestamp::now().millis() - i64::try_from(limits::JOB_MEMORY.as_millis()).unwrap_or(0);
+            for job in vault.jobs(false).await? {
+                let old = job.value.finished.is_some_and(|finished| finished.millis() < over);
+                if old && vault.server(&job.value.server_name).await?.is_none() {
+                    vault.delete_job(&job.value.server_name, job.revision).await?;
+                }
+            }
+            // What a job has just resolved is not in a record yet.
+            if jobs.is_empty() {
+                for generation in locks.iter().filter(|generation| !kept.contains(generation)) {
+                    vault.delete_lock(generation).await?;
+                }
+            }
+            Ok::<_, VaultError>(kept)
+        };
+        match forget.await {
+            Ok(kept) => self.host.packages.sweep(kept).await,
+            Err(error) => {
+                tracing::warn!(error.cause = %error, "what nothing runs any more was not removed yet");
+            }
+        }
+    }
+}
+
+/// The installations that servers have.
+pub async fn kept(vault: &Vault) -> Result<HashSet<Generation>, VaultError> {
+    let servers = vault.servers().await?;
+    let of_servers = servers.into_iter().filter_map(|server| Some(server.value.package?.generation));
+    let packages = vault.packages().await?;
+    let of_packages = packages.into_iter().filter_map(|package| package.value.generation);
+    Ok(of_servers.chain(of_packages).collect())
+}
+
+fn needs_no_user(server: &ServerRecord) -> bool {
+    // Of what may run only once, none is started beside the one that runs.
+    server.scaling != Scaling::Singleton
+        && (server.isolation == Isolation::Shared || server.secret_env.is_empty())
+}
+
+fn new_record(job: &Job, server: &ServerRecord) -> PackageRecord {
+    let spec = &job.spec;
+    PackageRecord {
+        name: spec.name.clone(),
+        version: String::new(),
+        install_path: String::new(),
+        venv_path: None,
+        status: "installed".to_owned(),
+        installed: Timestamp::now(),
+        last_upgraded: None,
+        mcp_server_id: server.name.clone(),
+        enabled: server.enabled,
+        runtime: spec.runtime,
+        python_module: spec.python_module.clone(),
+        python_args: spec.python_args.clone(),
+        pip_dependencies: spec.pip_dependencies.clone(),
+        pip_index_url: spec.pip_index_url.clone(),
+        pip_extra_index_url: spec.pip_extra_index_url.clone(),
+        fail_on_warning: spec.fail_on_warning,
+        allow_scripts: spec.allow_scripts,
+        latest_version: None,
+        update_available: None,
+        generation: None,
+        skipped_scripts: Vec::new(),
+        entry: None,
+        job_id: None,
+        extra: serde_json::Map::new(),
+    }
+}
+
+fn unknown(server: &ServerName) -> WorkerError {
+    let text = format!("Package {server} not found");
+    WorkerError::new(ErrorCode::PackageNotFound, text).with("serverName", server.as_str())
+}
+
+/// A job that this worker is at.
+struct Progress {
+    host: Arc<Host>,
+    job: Mutex<Told>,
+    /// Held while the store is asked.
+    revision: tokio::sync::Mutex<Revision>,
+    /// Something was said that is not in the store yet.
+    said: Notify,
+    /// The job is another's, or the worker stops.
+    cancelled: CancellationToken,
+    /// The work is over.
+    ended: CancellationToken,
+}
+
+struct Told {
+    job: Job,
+    /// The store has it as it is here.
+    written: bool,
+}
+
+impl Progress {
+    /// Makes a job this worker's; `None` if another one was faster or it has failed often enough.
+    async fn claim(host: &Arc<Host>, stored: Versioned<Job>) -> Option<Arc<Self>> {
+        let mut job = stored.value;
+        let lost = job.owner.take().filter(|_| job.state == JobState::Running);
+        if let Some(worker) = &lost {
+            job.note(format!("{worker} was lost; what it had begun is begun again"));
+        }
+        job.attempts += 1;
+        job.state = JobState::Running;
+        job.owner = Some(host.worker_id.clone());
+        job.updated = Timestamp::now();
+        job.not_before = None;
+        let spent = job.attempts > limits::INSTALL_ATTEMPTS;
+        if spent {
+            let text = format!(
+                "The job was begun {} times, and each time its worker was lost",
+                limits::INSTALL_ATTEMPTS
+            );
+            close(&mut job, Err(WorkerError::new(ErrorCode::InstallFailed, text)));
+        }
+        let revision = match host.vault.replace_job(&job, stored.revision).await {
+            Ok(revision) => revision,
+            Err(VaultError::Store(StoreError::Conflict | StoreError::NotFound)) => return None,
+            Err(error) => {
+                tracing::warn!(job = %job.id, error.cause = %error, "a job was not taken");
+                return None;
+            }
+        };
+        if spent {
+            return None;
+        }
+        tracing::info!(job = %job.id, attempt = job.attempts, "a job was taken");
+        Some(Arc::new(Self {
+            cancelled: host.stopping.child_token(),
+            ended: CancellationToken::new(),
+            host: Arc::clone(host),
+            job: Mutex::new(Told { job, written: true }),
+            revision: tokio::sync::Mutex::new(revision),
+            said: Notify::new(),
+        }))
+    }
+
+    fn job(&self) -> Job {
+        lock(&self.job).job.clone()
+    }
+
+    fn note(&self, line: String) {
+        let mut told = lock(&self.job);
+        told.job.note(line);
+        told.written = false;
+        self.said.notify_one();
+    }
+
+    /// Takes what package managers say.
+    fn say(self: &Arc<Self>) -> Say {
+        let progress = Arc::clone(self);
+        Arc::new(move |line: &str| progress.note(line.to_owned()))
+    }
+
+    async fn phase(&self, phase: &str) -> Result<(), Stop> {
+        lock(&self.job).job.phase = phase.to_owned();
+        self.note(format!("{phase} ..."));
+        self.write().await
+    }
+
+    fn still_ours(&self) -> Result<(), Stop> {
+        if self.cancelled.is_cancelled() { Err(Stop::Left) } else { Ok(()) }
+    }
+
+    /// Writes what was said, every now and then, until the work is over.
+    async fn tell(&self) {
+        loop {
+            tokio::select! {
+                () = self.ended.cancelled() => return,
+                () = self.said.notified() => {}
+            }
+            let written = lock(&self.job).written;
+            if !written && self.write().await.is_err() {
+                return;
+            }
+            tokio::select! {
+                () = self.ended.cancelled() => return,
+                () = sleep(TELL) => {}
+            }
+        }
+    }
+
+    /// Writes the job as it is here. A job that is another's is left.
+    async fn write(&self) -> Result<(), Stop> {
+        let mut revision = self.revision.lock().await;
+        let job = {
+            let mut told = lock(&self.job);
+            told.job.updated = Timestamp::now();
+            told.written = true;
+            told.job.clone()
+        };
+        match self.host.vault.replace_job(&job, *revision).await {
+            Ok(new) => {
+                *revision = new;
+                Ok(())
+            }
+            Err(VaultError::Store(StoreError::Conflict)) if self.is_mine(&mut revision).await => Ok(()),
+            Err(VaultError::Store(StoreError::Conflict | StoreError::NotFound)) => {
+                self.cancelled.cancel();
+                Err(Stop::Left)
+            }
+            Err(error) => {
+                // The store may come back before the next step.
+                lock(&self.job).written = false;
+                tracing::warn!(job = %job.id, error.cause = %error, "a job was not written");
+                Ok(())
+            }
+        }
+    }
+
+    /// Whether the store still has the job as this worker's: a write whose answer was lost counts.
+    async fn is_mine(&self, revision: &mut Revision) -> bool {
+        let (server, id) = {
+            let told = lock(&self.job);
+            (told.job.server_name.clone(), told.job.id.clone())
+        };
+        match self.host.vault.job(&server).await {
+            Ok(Some(stored)) if stored.value.id == id && stored.value.owner.as_ref() == Some(self.me()) => {
+                *revision = stored.revision;
+                lock(&self.job).written = false;
+                self.said.notify_one();
+                true
+            }
+            _ => false,
+        }
+    }
+
+    fn me(&self) -> &WorkerId {
+        &self.host.worker_id
+    }
+
+    /// This worker stops: another one may begin the job at once.
+    async fn give_back(&self) {
+        {
+            let mut told = lock(&self.job);
+            let job = &mut told.job;
+            job.note(format!("{} stops; another worker begins again", self.me()));
+            job.state = JobState::Queued;
+            job.phase = "queued".to_owned();
+            job.owner = None;
+            job.attempts = job.attempts.saturating_sub(1);
+        }
+        let _ = self.write().await;
+    }
+
+    /// Ends the job, or has it begun again later.
+    async fn finish(&self, result: Result<String, WorkerError>) {
+        {
+            let mut told = lock(&self.job);
+            let job = &mut told.job;
+            match result {
+                Err(error) if may_pass(&error) && job.attempts < limits::INSTALL_ATTEMPTS => {
+                    let pause = limits::INSTALL_RETRY * job.attempts;
+                    job.note(format!(
+                        "failed: {}; it is begun again in {} s",
+                        error.message,
+                        pause.as_secs()
+                    ));
+                    job.state = JobState::Queued;
+                    job.phase = "waiting".to_owned();
+                    job.owner = None;
+                    job.not_before = Some(Timestamp::from_millis(
+                        Timestamp::now().millis() + i64::try_from(pause.as_millis()).unwrap_or(0),
+                    ));
+                    job.error = Some(error);
+                    let host = Arc::clone(&self.host);
+                    self.host.tasks.spawn(async move {
+                        tokio::select! {
+                            () = sleep(pause) => host.packages.wake(),
+                            () = host.stopping.cancelled() => {}
+                        }
+                    });
+                }
+                result => close(job, result),
+            }
+        }
+        for attempt in 0..ATTEMPTS {
+            let _ = self.write().await;
+            if lock(&self.job).written || self.cancelled.is_cancelled() {
+                return;
+            }
+            sleep(TELL * u32::try_from(attempt + 1).unwrap_or(1)).await;
+        }
+    }
+}
+
+/// Whether the same may succeed in a moment.
+fn may_pass(error: &WorkerError) -> bool {
+    matches!(
+        error.code,
+        ErrorCode::RegistryUnavailable
+            | ErrorCode::InstallTimeout
+            | ErrorCode::StoreUnavailable
+            | ErrorCode::Conflict
+    )
+}
+
+fn close(job: &mut Job, result: Result<String, WorkerError>) {
+    let now = Timestamp::now();
+    job.active = false;
+    job.updated = now;
+    job.finished = Some(now);
+    // The draft has become the server, or never will.
+    job.server = None;
+    match result {
+        Ok(version) => {
+            job.state = JobState::Done;
+            job.phase = "done".to_owned();
+            job.note(format!("version {version} is installed"));
+            job.version = Some(version);
+            job.error = None;
+        }
+        Err(error) => {
+            job.state = JobState::Failed;
+            job.phase = "failed".to_owned();
+            job.note(format!("failed: {}", error.message));
+            job.error = Some(error.with("jobId", job.id.as_str()));
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
