@@ -8,6 +8,7 @@ mod cluster;
 #[cfg(test)]
 mod documentation;
 mod edge;
+mod latest;
 mod problem;
 mod router;
 mod routes;
@@ -30,6 +31,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use app::App;
 use backend::Backend;
+use latest::LatestVersions;
 
 /// How long answers may take to leave after the last server was stopped.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
@@ -127,7 +129,15 @@ async fn start(
     let me = backend::myself(&vault);
     let backend = Backend::open(settings, &vault, &me, stop).await?;
     vault.record_key().await?;
-    let app = App { vault, worker: backend.worker(), me, payload_limit: settings.payload_limit, changes };
+    let app = App {
+        vault,
+        worker: backend.worker(),
+        me,
+        payload_limit: settings.payload_limit,
+        changes,
+        stop: stop.clone(),
+        latest: LatestVersions::default(),
+    };
     Ok((backend, app))
 }
 
