@@ -8,6 +8,7 @@ mod cluster;
 #[cfg(test)]
 mod documentation;
 mod edge;
+mod install_on_start;
 mod latest;
 mod problem;
 mod router;
@@ -96,8 +97,11 @@ async fn run(settings: &Settings) -> ExitCode {
         Ok(started) => started,
         Err(error) => return error.report(),
     };
-    api.set(router::router(Arc::new(app), allowed));
+    let app = Arc::new(app);
+    api.set(router::router(Arc::clone(&app), allowed));
     announce(settings, &address);
+    // Nothing waits for it: it may take long, and fail, while calls are taken.
+    tokio::spawn(install_on_start::run(app, settings.packages.install_on_start.clone()));
     stop.cancelled().await;
 
     let Ok(open) = serving.await else { return ExitCode::FAILURE };
