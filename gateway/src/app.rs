@@ -4,7 +4,7 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use axum::{body::Body, extract::FromRequestParts};
 use bytes::Bytes;
-use http::{HeaderMap, request::Parts};
+use http::{HeaderMap, header, request::Parts};
 use mcp_shared::{
     error::{ErrorCode, WorkerError},
     fleet::NodeReport,
@@ -15,10 +15,11 @@ use mcp_shared::{
     vault::{Vault, VaultError},
     worker_api::{CallContext, Change, ServerReport, ServerStatus, WorkerApi},
 };
-use tokio_util::task::TaskTracker;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     body::{self, Field, Fields},
+    latest::LatestVersions,
     problem::Problem,
 };
 
@@ -34,6 +35,10 @@ pub struct App {
     pub payload_limit: usize,
     /// Changes under way, which a stop waits for.
     pub changes: TaskTracker,
+    /// Cancelled when the program is to stop.
+    pub stop: CancellationToken,
+    /// The latest versions of packages, as registries said lately.
+    pub latest: LatestVersions,
 }
 
 /// The id that the edge gave the request.
@@ -153,4 +158,13 @@ pub fn context(id: RequestId, user: UserId, headers: &HeaderMap) -> Result<CallC
         }
     };
     Ok(CallContext { request_id: id, user, timeout, spent: Duration::ZERO })
+}
+
+/// Whether the caller asks for server-sent events.
+pub fn wants_events(headers: &HeaderMap) -> bool {
+    headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok()).any(|accept| {
+        accept.split(',').any(|one| {
+            one.split(';').next().is_some_and(|kind| kind.trim().eq_ignore_ascii_case("text/event-stream"))
+        })
+    })
 }

@@ -8,6 +8,8 @@ mod cluster;
 #[cfg(test)]
 mod documentation;
 mod edge;
+mod install_on_start;
+mod latest;
 mod problem;
 mod router;
 mod routes;
@@ -30,6 +32,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use app::App;
 use backend::Backend;
+use latest::LatestVersions;
 
 /// How long answers may take to leave after the last server was stopped.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
@@ -94,8 +97,11 @@ async fn run(settings: &Settings) -> ExitCode {
         Ok(started) => started,
         Err(error) => return error.report(),
     };
-    api.set(router::router(Arc::new(app), allowed));
+    let app = Arc::new(app);
+    api.set(router::router(Arc::clone(&app), allowed));
     announce(settings, &address);
+    // Nothing waits for it: it may take long, and fail, while calls are taken.
+    tokio::spawn(install_on_start::run(app, settings.packages.install_on_start.clone()));
     stop.cancelled().await;
 
     let Ok(open) = serving.await else { return ExitCode::FAILURE };
@@ -127,7 +133,15 @@ async fn start(
     let me = backend::myself(&vault);
     let backend = Backend::open(settings, &vault, &me, stop).await?;
     vault.record_key().await?;
-    let app = App { vault, worker: backend.worker(), me, payload_limit: settings.payload_limit, changes };
+    let app = App {
+        vault,
+        worker: backend.worker(),
+        me,
+        payload_limit: settings.payload_limit,
+        changes,
+        stop: stop.clone(),
+        latest: LatestVersions::default(),
+    };
     Ok((backend, app))
 }
 

@@ -35,6 +35,17 @@ impl Problem {
         self
     }
 
+    /// Adds a field to the answer.
+    pub fn with(mut self, key: &str, value: &str) -> Self {
+        self.error.details.insert(key.to_owned(), value.into());
+        self
+    }
+
+    /// The code and the sentence, for answers that have several of them.
+    pub fn into_parts(self) -> (ErrorCode, String) {
+        (self.error.code, self.error.message)
+    }
+
     /// States that the tool call was not started, unless more is known about it: answers to tool calls
     /// always say whether repeating them is safe.
     pub fn not_started(mut self) -> Self {

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use axum::{
     Router,
     middleware::from_fn_with_state,
-    routing::{any, get, post, put},
+    routing::{any, delete, get, post, put},
 };
 use mcp_shared::error::{ErrorCode, WorkerError};
 
@@ -13,7 +13,7 @@ use crate::{
     app::App,
     edge::{Allowed, edge},
     problem::Problem,
-    routes::{fleet, health, secrets, servers, tools},
+    routes::{fleet, health, jobs, packages, secrets, servers, tools},
 };
 
 /// What is answered while the program starts: an orchestrator can see that it lives and what it waits
@@ -45,6 +45,18 @@ pub fn router(app: Arc<App>, allowed: Arc<Allowed>) -> Router {
         .route("/mcp/servers/{name}/enable", put(servers::enable))
         .route("/mcp/servers/{name}/disable", put(servers::disable))
         .route("/mcp/servers/{name}/delete-impact", get(servers::delete_impact))
+        .route("/packages", get(packages::list))
+        .route("/packages/install", post(packages::install))
+        .route("/packages/updates", get(packages::updates))
+        .route("/packages/upgrade-all", put(packages::upgrade_all))
+        .route("/packages/by-name/{*name}", get(packages::by_name))
+        .route("/packages/by-id/{name}", get(packages::by_id))
+        .route("/packages/jobs", get(jobs::list))
+        .route("/packages/jobs/{id}", get(jobs::get))
+        .route("/packages/{name}", delete(packages::delete))
+        .route("/packages/{name}/enable", put(packages::enable))
+        .route("/packages/{name}/disable", put(packages::disable))
+        .route("/packages/{name}/upgrade", put(packages::upgrade))
         .route("/secrets/set", post(secrets::set))
         .route("/secrets/delete", post(secrets::delete))
         .fallback(async || Problem::new(ErrorCode::NotFound, "There is no such route"))

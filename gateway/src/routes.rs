@@ -2,6 +2,10 @@
 
 pub mod fleet;
 pub mod health;
+pub mod jobs;
+pub mod package_input;
+pub mod package_view;
+pub mod packages;
 pub mod secrets;
 pub mod server_input;
 pub mod server_view;

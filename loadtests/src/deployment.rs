@@ -197,6 +197,7 @@ impl Program {
             .env_clear()
             .env("PATH", std::env::var_os("PATH").unwrap_or_default())
             .env("HOME", folder)
+            .env("INSTALL_ON_START", "none")
             .envs(settings)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())

@@ -222,6 +222,7 @@ impl Settings {
         let worker_port = reader.required("WORKER_PORT", parse::port);
         let store = reader.store();
         let bus = reader.bus();
+        let packages = reader.packages(data_dir.as_deref());
 
         if secrets_key.is_some() && secrets_keys_file.is_some() {
             reader.problem("SECRETS_KEYS_FILE", "SECRETS_KEY is set as well; set only one of the two");
@@ -247,6 +248,7 @@ impl Settings {
             Some(worker_host),
             Some(worker_port),
             Some(store),
+            Some(packages),
             true,
         ) = (
             host,
@@ -260,12 +262,12 @@ impl Settings {
             worker_host,
             worker_port,
             store,
+            packages,
             reader.problems.is_empty(),
         )
         else {
             return Err(ConfigErrors(reader.problems));
         };
-        let packages = PackageSettings { folder: data_dir.join("packages"), ..PackageSettings::default() };
         Ok(Self {
             host,
             port,

@@ -122,6 +122,14 @@ table! {
     INSTALL_RETRY: Duration = Duration::from_secs(2);
     /// How often workers look for jobs of which nobody told them.
     JOB_POLL: Duration = Duration::from_secs(5);
+    /// How often a gateway looks how far a job is that somebody waits for.
+    JOB_WATCH: Duration = Duration::from_millis(300);
+    /// How long a request waits for its installation to be over. The installation goes on without it.
+    INSTALL_WAIT: Duration = Duration::from_secs(1_800);
+    /// Upgrades that one `upgrade-all` runs side by side.
+    UPGRADES: usize = 2;
+    /// Specifications that one package's `pipDependencies` may have.
+    PIP_DEPENDENCIES: usize = 64;
     /// Lines of a job's log.
     JOB_LOG_LINES: usize = 200;
     /// Bytes of such a line.

@@ -27,8 +27,26 @@ const DESCRIPTIVE: [&str; 6] =
 pub fn new_record(fields: &Fields<'_>) -> Result<ServerRecord, Problem> {
     let name = ServerName::parse_new(&fields.required("name")?)?;
     let transport = new_transport(fields)?;
+    match &transport {
+        Transport::Stdio { command, .. } => require_command(command)?,
+        Transport::StreamableHttp { .. } => return Err(not_yet()),
+    }
+    draft(name, transport, fields)
+}
+
+/// A record with a name and a transport, and with whatever else a body says about it. A package's server may
+/// have no command yet.
+pub fn draft(name: ServerName, transport: Transport, fields: &Fields<'_>) -> Result<ServerRecord, Problem> {
+    let mut record = plain(name, transport);
+    update_common(&mut record, fields)?;
+    check_whole(&record)?;
+    Ok(record)
+}
+
+/// A record of which nothing is known but a name and a transport.
+pub fn plain(name: ServerName, transport: Transport) -> ServerRecord {
     let now = Timestamp::now();
-    let mut record = ServerRecord {
+    ServerRecord {
         id: object_id(now),
         display_name: name.to_string(),
         name,
@@ -51,10 +69,7 @@ pub fn new_record(fields: &Fields<'_>) -> Result<ServerRecord, Problem> {
         instances: None,
         package: None,
         extra: Map::new(),
-    };
-    update_common(&mut record, fields)?;
-    check_whole(&record)?;
-    Ok(record)
+    }
 }
 
 /// A record with the changes that the body of `PUT /mcp/servers/:name` asks for. Fields that are not
@@ -68,6 +83,9 @@ pub fn updated_record(record: &ServerRecord, fields: &Fields<'_>) -> Result<Serv
     }
     update_transport(&mut next, fields)?;
     update_common(&mut next, fields)?;
+    if let Transport::Stdio { command, .. } = &next.transport {
+        require_command(command)?;
+    }
     check_whole(&next)?;
     if next != *record {
         next.updated_at = Timestamp::now();
@@ -82,7 +100,9 @@ fn object_id(now: Timestamp) -> String {
     format!("{seconds:08x}{}", &random[random.len() - 16..])
 }
 
-fn new_transport(fields: &Fields<'_>) -> Result<Transport, Problem> {
+/// A transport from the fields of a new server. The command may be missing: that of a package follows from
+/// what is installed.
+pub fn new_transport(fields: &Fields<'_>) -> Result<Transport, Problem> {
     let has = |names: &[&str]| names.iter().any(|name| matches!(fields.raw(name), Field::Value(_)));
     match fields.text("transportType")?.value().as_deref() {
         None | Some("stdio") => {
@@ -92,22 +112,25 @@ fn new_transport(fields: &Fields<'_>) -> Result<Transport, Problem> {
                 ));
             }
             let command = fields.text("command")?.value().filter(|command| !command.trim().is_empty());
-            let command = command.ok_or_else(|| Problem::invalid("Stdio servers require a command."))?;
             let args = list(fields, "args")?.value().unwrap_or_default();
             let env = variables(fields, "env")?.value().unwrap_or_default();
-            Ok(Transport::Stdio { command, args, env })
+            Ok(Transport::Stdio { command: command.unwrap_or_default(), args, env })
         }
         Some("streamable_http") => {
             let url = fields.text("url")?.value().filter(|url| !url.trim().is_empty());
-            if url.is_none() {
-                return Err(Problem::invalid("Streamable HTTP servers require a url."));
-            }
+            let url = url.ok_or_else(|| Problem::invalid("Streamable HTTP servers require a url."))?;
             if has(&STDIO_FIELDS) {
                 return Err(Problem::invalid(
                     "Streamable HTTP servers cannot define stdio fields (command, args, env).",
                 ));
             }
-            Err(Problem::invalid("transportType streamable_http is not part of this version; valid: stdio"))
+            check_url(&url)?;
+            Ok(Transport::StreamableHttp {
+                url,
+                headers: headers(fields)?,
+                session_id: session_id(fields)?,
+                reconnection_options: fields.get("reconnectionOptions", "must be an object")?.value(),
+            })
         }
         Some(_) => Err(Problem::invalid("transportType must be \"stdio\" or \"streamable_http\"")),
     }
@@ -123,6 +146,9 @@ fn update_transport(record: &mut ServerRecord, fields: &Fields<'_>) -> Result<()
     );
     if !same {
         record.transport = new_transport(fields)?;
+        if matches!(record.transport, Transport::StreamableHttp { .. }) {
+            return Err(not_yet());
+        }
         return Ok(());
     }
     let has = |names: &[&str]| names.iter().any(|name| matches!(fields.raw(name), Field::Value(_)));
@@ -192,17 +218,65 @@ fn check_whole(record: &ServerRecord) -> Result<(), Problem> {
         return Err(Problem::invalid("secretEnv needs isolation \"per_user\": a shared process has no user"));
     }
     let Transport::Stdio { command, args, env } = &record.transport else { return Ok(()) };
+    check_command("command, args and env", std::iter::once(command).chain(args).chain(env.0.values()))
+}
+
+/// What a process can be given at all. `what` names the fields.
+pub fn check_command<'a>(what: &str, texts: impl Iterator<Item = &'a String> + Clone) -> Result<(), Problem> {
+    if texts.clone().any(|text| text.contains('\0')) {
+        return Err(Problem::invalid(format!("{what} cannot contain NUL")));
+    }
+    if texts.map(String::len).sum::<usize>() > limits::COMMAND_BYTES {
+        return Err(Problem::invalid(format!("{what} are too large together")));
+    }
+    Ok(())
+}
+
+fn require_command(command: &str) -> Result<(), Problem> {
     if command.trim().is_empty() {
         return Err(Problem::invalid("Stdio servers require a command."));
     }
-    let texts = std::iter::once(command).chain(args).chain(env.0.values());
-    if texts.clone().any(|text| text.contains('\0')) {
-        return Err(Problem::invalid("command, args and env cannot contain NUL"));
-    }
-    if texts.map(String::len).sum::<usize>() > limits::COMMAND_BYTES {
-        return Err(Problem::invalid("command, args and env are too large together"));
-    }
     Ok(())
+}
+
+fn not_yet() -> Problem {
+    Problem::invalid("transportType streamable_http is not part of this version; valid: stdio")
+}
+
+/// An endpoint is where requests go, and nothing else: a user name in it would end up in logs.
+fn check_url(url: &str) -> Result<(), Problem> {
+    let valid = url.len() <= limits::URI_BYTES
+        && url.parse::<http::Uri>().is_ok_and(|uri| {
+            matches!(uri.scheme_str(), Some("http" | "https"))
+                && uri.authority().is_some_and(|authority| !authority.as_str().contains('@'))
+        });
+    if valid {
+        return Ok(());
+    }
+    Err(Problem::invalid("url must be an http or https address without user name and password"))
+}
+
+fn headers(fields: &Fields<'_>) -> Result<Option<Variables>, Problem> {
+    let field: Field<Variables> = fields.get("headers", "must be an object whose values are strings")?;
+    let Field::Value(headers) = field else { return Ok(None) };
+    let valid = headers.0.iter().all(|(name, value)| {
+        http::HeaderName::from_bytes(name.as_bytes()).is_ok() && http::HeaderValue::from_str(value).is_ok()
+    });
+    if headers.0.len() > limits::HEADER_COUNT || !valid {
+        return Err(Problem::invalid(format!(
+            "headers must be at most {} names and values that HTTP headers can have",
+            limits::HEADER_COUNT
+        )));
+    }
+    Ok(Some(headers))
+}
+
+fn session_id(fields: &Fields<'_>) -> Result<Option<String>, Problem> {
+    let id = fields.text("sessionId")?.value();
+    if id.as_ref().is_some_and(|id| id.len() > 1_024 || !id.bytes().all(|byte| byte.is_ascii_graphic())) {
+        return Err(Problem::invalid("sessionId must be at most 1024 visible ASCII characters"));
+    }
+    Ok(id)
 }
 
 fn set<T>(target: &mut T, field: Field<T>) {
@@ -228,7 +302,8 @@ fn limited(fields: &Fields<'_>, name: &str, bytes: usize) -> Result<Field<String
     }
 }
 
-fn list(fields: &Fields<'_>, name: &str) -> Result<Field<Vec<String>>, Problem> {
+/// A member that is a list of strings.
+pub fn list(fields: &Fields<'_>, name: &str) -> Result<Field<Vec<String>>, Problem> {
     fields.get(name, "must be a list of strings")
 }
 

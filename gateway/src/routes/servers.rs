@@ -8,8 +8,8 @@ use mcp_shared::{
     error::{ErrorCode, WorkerError, shorten},
     ids::{ServerName, UserId},
     server::ServerRecord,
-    store::StoreError,
-    vault::VaultError,
+    store::{Fact, StoreError},
+    vault::{Vault, VaultError},
     worker_api::{Change, ServerReport},
 };
 use serde_json::json;
@@ -92,13 +92,11 @@ pub async fn disable(State(app): State<Arc<App>>, Server(name): Server) -> Resul
     app.switch(&name, false).await
 }
 
-/// `DELETE /mcp/servers/:name`: stops it and removes it with all that belongs to it, users' secrets
-/// for it included.
+/// `DELETE /mcp/servers/:name`: stops it and removes it with all that belongs to it: users' secrets for it,
+/// and the package that it runs.
 pub async fn delete(State(app): State<Arc<App>>, Server(name): Server) -> Result<Response, Problem> {
     not_builtin(&name)?;
-    let (vault, of) = (app.vault.clone(), name.clone());
-    let change = Change::Server { server: name.clone() };
-    if !app.commit(change, async move { vault.delete_server(&of).await }).await?? {
+    if !app.remove(&name).await? {
         return Err(absent(&name).into());
     }
     Ok(json_response(StatusCode::OK, &json!({"success": true})))
@@ -135,7 +133,25 @@ pub async fn delete_impact(State(app): State<Arc<App>>, Server(name): Server) ->
 }
 
 impl App {
-    async fn switch(&self, name: &ServerName, enabled: bool) -> Result<Response, Problem> {
+    /// Removes a server and the package that it runs; says whether there was one of the two.
+    pub async fn remove(&self, name: &ServerName) -> Result<bool, Problem> {
+        let (vault, of) = (self.vault.clone(), name.clone());
+        let change = Change::Server { server: name.clone() };
+        Ok(self.commit(change, async move { removed(&vault, &of).await }).await??)
+    }
+
+    /// Refuses a name that a server has already, also in other case.
+    pub async fn no_server(&self, name: &ServerName) -> Result<(), Problem> {
+        let key = name.case_key();
+        let servers = self.vault.store().servers().await.map_err(WorkerError::from)?;
+        match servers.iter().map(|server| &server.value.0.name).find(|other| other.case_key() == key) {
+            Some(existing) => Err(exists(name, existing.as_str())),
+            None => Ok(()),
+        }
+    }
+
+    /// Allows a server to run, or not.
+    pub async fn switch(&self, name: &ServerName, enabled: bool) -> Result<Response, Problem> {
         not_builtin(name)?;
         let missing = || WorkerError::server_not_found(name);
         self.change(name, &UserId::default(), missing, |record| {
@@ -160,7 +176,11 @@ impl App {
             let next = change(&stored.value)?;
             if next != stored.value {
                 let (vault, new) = (self.vault.clone(), next.clone());
-                let write = async move { vault.replace_server(&new, stored.revision).await };
+                let write = async move {
+                    let revision = vault.replace_server(&new, stored.revision).await?;
+                    switch_package(&vault, &new).await;
+                    Ok(revision)
+                };
                 match self.commit(Change::Server { server: name.clone() }, write).await? {
                     Ok(_) => {}
                     Err(VaultError::Store(StoreError::Conflict)) => continue,
@@ -170,6 +190,7 @@ impl App {
             } else {
                 // It may have been stored and never announced, when whoever stored it was cut off.
                 self.worker.announce(Change::Server { server: name.clone() }).await?;
+                switch_package(&self.vault, &next).await;
             }
             let report = self.running(&next, user).await?;
             return self.answer(&next, report, Detail::Full).await;
@@ -178,7 +199,11 @@ impl App {
     }
 
     /// Waits until a server that may run does, or failed to.
-    async fn running(&self, record: &ServerRecord, user: &UserId) -> Result<Option<ServerReport>, Problem> {
+    pub async fn running(
+        &self,
+        record: &ServerRecord,
+        user: &UserId,
+    ) -> Result<Option<ServerReport>, Problem> {
         if !record.enabled {
             return Ok(None);
         }
@@ -212,7 +237,60 @@ impl App {
     }
 }
 
-fn not_builtin(name: &ServerName) -> Result<(), Problem> {
+/// Removes what is stored of a server. Repeating it after a crash completes it.
+async fn removed(vault: &Vault, name: &ServerName) -> Result<bool, VaultError> {
+    let package = match vault.package(name).await {
+        Ok(package) => package.is_some(),
+        // What cannot be read can be removed all the same.
+        Err(VaultError::Store(StoreError::Corrupt { .. })) => true,
+        Err(error) => return Err(error),
+    };
+    if package {
+        // What somebody removed must not come back with the next start. First, so that no crash loses it.
+        vault.store().put_once(Fact::AppState, &uninstalled(name), "true").await?;
+    }
+    let server = vault.delete_server(name).await?;
+    vault.delete_package(name).await?;
+    // The job is only a memory, and goes by itself some day.
+    if let Ok(Some(job)) = vault.job(name).await
+        && !job.value.active
+        && let Err(error) = vault.delete_job(name, job.revision).await
+    {
+        tracing::debug!(%error, job = %job.value.id, "the last job of a removed server is kept");
+    }
+    Ok(server || package)
+}
+
+/// The fact that a server's package was removed by somebody.
+pub fn uninstalled(name: &ServerName) -> String {
+    format!("uninstalled:{name}")
+}
+
+/// Lets the record of a server's package say whether the server may run. The server's own record is what
+/// counts, so that this may fail.
+async fn switch_package(vault: &Vault, server: &ServerRecord) {
+    for _ in 0..ATTEMPTS {
+        let written = match vault.package(&server.name).await {
+            Ok(Some(package)) if package.value.enabled != server.enabled => {
+                let mut next = package.value;
+                next.enabled = server.enabled;
+                vault.replace_package(&next, package.revision).await.map(drop)
+            }
+            other => other.map(drop),
+        };
+        match written {
+            Err(VaultError::Store(StoreError::Conflict)) => {}
+            Err(error) => {
+                tracing::warn!(%error, server = %server.name, "the record of a package was not switched");
+                return;
+            }
+            Ok(()) => return,
+        }
+    }
+}
+
+/// Refuses the names of servers inside the program.
+pub fn not_builtin(name: &ServerName) -> Result<(), Problem> {
     if BUILTIN.iter().any(|builtin| name.as_str().eq_ignore_ascii_case(builtin)) {
         let text = format!("{name} is the name of a built-in server, which cannot be changed or deleted");
         return Err(WorkerError::new(ErrorCode::BuiltinServer, text)

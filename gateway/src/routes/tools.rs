@@ -12,7 +12,7 @@ use axum::{
 };
 use bytes::Bytes;
 use futures_util::stream;
-use http::{HeaderMap, StatusCode, header};
+use http::{HeaderMap, StatusCode};
 use mcp_shared::{
     answer::{failure, success},
     error::{Outcome, WorkerError},
@@ -22,7 +22,7 @@ use mcp_shared::{
 };
 
 use crate::{
-    app::{App, Id, context, user},
+    app::{App, Id, context, user, wants_events},
     body::{Field, Fields},
     problem::{Problem, json_bytes},
 };
@@ -89,14 +89,6 @@ pub async fn list(State(app): State<Arc<App>>) -> Result<Response, Problem> {
     }
     out.extend_from_slice(b"]}");
     Ok(json_bytes(StatusCode::OK, out.into()))
-}
-
-fn wants_events(headers: &HeaderMap) -> bool {
-    headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok()).any(|accept| {
-        accept.split(',').any(|one| {
-            one.split(';').next().is_some_and(|kind| kind.trim().eq_ignore_ascii_case("text/event-stream"))
-        })
-    })
 }
 
 /// Progress as it comes, then the same document that a plain answer would have had.

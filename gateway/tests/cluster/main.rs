@@ -18,6 +18,8 @@ mod edge;
 mod framing;
 #[path = "../it/lifecycle.rs"]
 mod lifecycle;
+#[path = "../it/packages_input.rs"]
+mod packages_input;
 #[path = "../it/processes.rs"]
 mod processes;
 #[path = "../it/real_servers.rs"]

@@ -151,6 +151,8 @@ impl Builder {
             .env("PORT", "0")
             .env("WORKER_PORT", "0")
             .env("LOG_FORMAT", "json")
+            // No test may depend on a registry that it did not start.
+            .env("INSTALL_ON_START", "none")
             .stdin(Stdio::null());
         if crate::CLUSTER {
             command

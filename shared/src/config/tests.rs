@@ -48,6 +48,9 @@ fn nothing_set_gives_the_defaults() {
     assert!(settings.legacy.is_none() && settings.log_filter.is_none());
     assert!(settings.allowed_hosts.is_empty() && settings.allowed_origins.is_empty());
     assert!(settings.later.is_empty() && settings.warnings.is_empty());
+    let servers: Vec<_> = settings.packages.install_on_start.iter().map(|one| one.server.as_str()).collect();
+    assert_eq!(servers, ["github", "helper-tools"]);
+    assert!(settings.packages.python_bin.is_none() && settings.packages.pip_index_url.is_none());
     let effective = settings.effective();
     assert_eq!(effective.len(), VARIABLES.len());
     assert!(effective.iter().all(|(_, _, origin)| *origin == Origin::Default));
@@ -69,8 +72,13 @@ fn every_value_is_read() {
         ("DEBUG", "YES"),
         ("LOG_FORMAT", "json"),
         ("RUST_LOG", "warn,mcp_gateway=trace"),
-        ("INSTALL_ON_START", "@a/b|c"),
-        ("PIP_INDEX_URL", "canary"),
+        ("INSTALL_ON_START", "@a/b|c, d|E_1,"),
+        ("PYTHON_BIN", "/opt/python"),
+        ("PYTHON_VENV_DIR", "/srv/venvs"),
+        ("PIP_INDEX_URL", "https://user:canary@pypi.example.org/simple"),
+        ("PIP_EXTRA_INDEX_URL", "http://10.0.0.7/simple"),
+        ("SEARXNG_URL", "https://search.example"),
+        ("GOOGLE_OAUTH_CREDENTIALS", "canary"),
         ("WORKER_HOST", "0.0.0.0"),
         ("WORKER_PORT", "0"),
         ("START_TIMEOUT_SECONDS", "5"),
@@ -92,9 +100,28 @@ fn every_value_is_read() {
     assert_eq!(settings.log_format, LogFormat::Json);
     assert_eq!(settings.log_filter.as_deref(), Some("warn,mcp_gateway=trace"));
     let later: Vec<_> = settings.later.iter().map(|(name, value)| (*name, value.as_str())).collect();
-    assert_eq!(later, [("INSTALL_ON_START", "@a/b|c"), ("PIP_INDEX_URL", "canary")]);
+    assert_eq!(later, [("GOOGLE_OAUTH_CREDENTIALS", "canary"), ("SEARXNG_URL", "https://search.example")]);
+    let packages = &settings.packages;
+    let installed: Vec<_> =
+        packages.install_on_start.iter().map(|one| (&*one.package, one.server.as_str())).collect();
+    assert_eq!(installed, [("@a/b", "c"), ("d", "E_1")]);
+    assert_eq!(packages.folder, Path::new("/srv/mcp data/packages"));
+    assert_eq!(packages.python_bin.as_deref(), Some(Path::new("/opt/python")));
+    assert_eq!(packages.venv_dir.as_deref(), Some(Path::new("/srv/venvs")));
+    let url = |url: &Option<SecretString>| url.as_ref().unwrap().expose_secret().to_owned();
+    assert_eq!(url(&packages.pip_index_url), "https://user:canary@pypi.example.org/simple");
+    assert_eq!(url(&packages.pip_extra_index_url), "http://10.0.0.7/simple");
     assert_eq!((settings.worker_host.to_string().as_str(), settings.worker_port), ("0.0.0.0", 0));
     assert_eq!(settings.start_timeout, Duration::from_secs(5));
+}
+
+#[test]
+fn nothing_is_installed_on_the_first_start_if_somebody_says_so() {
+    for none in ["none", "None", ","] {
+        let settings = load(&[("INSTALL_ON_START", none)]).unwrap();
+        assert!(settings.packages.install_on_start.is_empty(), "{none}");
+    }
+    assert_eq!(load(&[("INSTALL_ON_START", "")]).unwrap().packages.install_on_start.len(), 2);
 }
 
 #[test]
@@ -182,6 +209,17 @@ fn bad_values_are_refused_with_what_would_be_valid() {
         ("START_TIMEOUT_SECONDS", "0", "from 1 to 600"),
         ("WORKER_PORT", "x", "a number"),
         ("WORKER_HOST", "127.1", "an IP address"),
+        ("INSTALL_ON_START", "a", "package|server pairs"),
+        ("INSTALL_ON_START", "a|b,none", "package|server pairs"),
+        ("INSTALL_ON_START", "a|b,c|B", "a server of its own"),
+        ("INSTALL_ON_START", "../a|b", "package|server pairs"),
+        ("INSTALL_ON_START", "a@1.0.0|b", "package|server pairs"),
+        ("INSTALL_ON_START", "a|b.c", "package|server pairs"),
+        ("INSTALL_ON_START", "a|b|c", "package|server pairs"),
+        ("PYTHON_BIN", "-c", "the path of a Python"),
+        ("PIP_INDEX_URL", "canary", "an http or https URL"),
+        ("PIP_INDEX_URL", "https://x/ --canary", "an http or https URL"),
+        ("PIP_EXTRA_INDEX_URL", "file:///canary", "an http or https URL"),
         ("MONGO_DBNAME", "a/b", "1 to 63 characters"),
         ("SECRETS_DBNAME", "a$b", "1 to 120 characters"),
     ] {
@@ -245,13 +283,13 @@ fn values_of_a_file_are_what_they_look_like() {
     let json = r#"{"web":{"client_id":"a b","secret":"x\ny$z"}}"#;
     let text = format!(
         "\u{feff}# mcp-api\r\nexport SECRETS_KEY='p\"a$s#s \\ '\r\nGOOGLE_OAUTH_CREDENTIALS={json}\r\n\
-         DATA_DIR=\"/a b\" # c\r\nPIP_INDEX_URL=\r\n"
+         DATA_DIR=\"/a b\" # c\r\nSEARXNG_URL=\r\n"
     );
     let settings = EnvFile::new("quotes", &text).load(&[]).unwrap();
     assert_eq!(settings.secrets_key.as_ref().map(ExposeSecret::expose_secret), Some("p\"a$s#s \\ "));
     assert_eq!(settings.later["GOOGLE_OAUTH_CREDENTIALS"], json);
     assert_eq!(settings.data_dir, Path::new("/a b"));
-    assert!(!settings.later.contains_key("PIP_INDEX_URL"));
+    assert!(!settings.later.contains_key("SEARXNG_URL"));
 }
 
 #[test]
@@ -303,9 +341,11 @@ fn names_in_the_environment_that_are_nearly_ours_are_warned_about() {
 fn secrets_are_masked() {
     let mut env: Vec<_> = VARIABLES
         .iter()
-        .filter(|v| v.secret && v.group != Group::Cluster)
+        .filter(|v| v.secret && v.group != Group::Cluster && !v.name.starts_with("PIP_"))
         .map(|v| (v.name, "canary-canary"))
         .collect();
+    env.push(("PIP_INDEX_URL", "https://user:canary@pypi.example/x"));
+    env.push(("PIP_EXTRA_INDEX_URL", "https://user:canary@pypi.example/x"));
     env.push(("SEARXNG_URL", "https://user:canary@search.example/x"));
     let settings = load(&env).unwrap();
     let shown = format!("{settings:?} {settings:#?} {:?}", settings.effective());
