@@ -91,7 +91,7 @@ impl Launch<'_> {
         env.extend(self.env.iter().map(|(name, value)| (name.clone(), Zeroizing::new(value.clone()))));
         env.extend(self.secret_env);
         let (program, args) = (self.command.to_owned(), self.args.to_vec());
-        (SpawnSpec { program, args, env: env.into_iter().collect() }, self.known)
+        (SpawnSpec { program, args, env: env.into_iter().collect(), folder: None }, self.known)
     }
 }
 
