@@ -4,6 +4,7 @@
 
 pub mod fixture;
 pub mod link;
+pub mod registry;
 pub mod services;
 pub mod store_contract;
 pub mod tools;

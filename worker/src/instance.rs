@@ -101,7 +101,11 @@ impl Launch<'_> {
         env.extend(own.into_iter().map(|(name, value)| (name, Zeroizing::new(value))));
         env.extend(self.secret_env);
         let installed = self.package.map(|(_, installed)| installed);
-        (SpawnSpec { program: command, args, env: env.into_iter().collect() }, self.known, installed)
+        (
+            SpawnSpec { program: command, args, env: env.into_iter().collect(), folder: None },
+            self.known,
+            installed,
+        )
     }
 }
 

@@ -71,6 +71,8 @@ pub struct SpawnSpec {
     pub args: Vec<String>,
     /// Its whole environment.
     pub env: Vec<(String, Zeroizing<String>)>,
+    /// Where it runs; `None` where the worker does.
+    pub folder: Option<PathBuf>,
 }
 
 /// How a process ended.
@@ -102,7 +104,7 @@ impl std::fmt::Display for Exit {
 #[serde(rename_all = "snake_case")]
 enum Request {
     /// Three descriptors travel with it: standard input, output and error of the child.
-    Spawn { id: u64, program: String, args: Vec<String>, env: Vec<(String, String)> },
+    Spawn { id: u64, program: String, args: Vec<String>, env: Vec<(String, String)>, folder: Option<PathBuf> },
     /// Signals the child's process group and what it started elsewhere.
     Signal { id: u64, kill: bool },
 }
@@ -186,7 +188,8 @@ impl Supervisor {
         // From here on dropping the child kills it, also when the caller gives up waiting.
         let mut child = Child { pid: 0, id, link, exit };
         let env = spec.env.iter().map(|(name, value)| (name.clone(), value.to_string())).collect();
-        child.link.send(&Request::Spawn { id, program: spec.program, args: spec.args, env }, child_ends)?;
+        let SpawnSpec { program, args, folder, .. } = spec;
+        child.link.send(&Request::Spawn { id, program, args, env, folder }, child_ends)?;
         child.pid = answer.await.map_err(|_| "the supervisor process was lost".to_owned())??;
         Ok((child, streams))
     }

@@ -34,6 +34,9 @@ pub const SERVER_TIME: &str = "mcp-server-time";
 /// The version of [`SERVER_TIME`] that tests run.
 pub const SERVER_TIME_VERSION: &str = "2026.10.19";
 
+/// The version of uv that tests install Python packages with.
+pub const UV_VERSION: &str = "0.13.9";
+
 /// The oldest Node.js and Python that the servers run on.
 const NODE_AT_LEAST: (u32, u32) = (20, 0);
 const PYTHON_AT_LEAST: (u32, u32) = (3, 10);
@@ -100,6 +103,33 @@ pub fn server_time() -> RealServer {
         args: vec!["-m".to_owned(), "mcp_server_time".to_owned()],
         version: SERVER_TIME_VERSION,
     }
+}
+
+/// The folder in which `uv` is, and nothing else that matters in `PATH`.
+///
+/// # Panics
+///
+/// Says what to install when it cannot be obtained.
+pub fn uv() -> PathBuf {
+    let home = python_package("uv", UV_VERSION);
+    let alone = home.join("alone");
+    if fs::create_dir(&alone).is_ok() || !alone.join("uv").exists() {
+        // Whoever makes it first; the other finds it there.
+        let _ = std::os::unix::fs::symlink(home.join("bin").join("uv"), alone.join("uv"));
+    }
+    alone
+}
+
+/// The Python that test servers run on, by its own path and not that of a launcher.
+///
+/// # Panics
+///
+/// Says what to install when there is none.
+pub fn python() -> PathBuf {
+    let python =
+        program(&["python3", "python"], PYTHON_AT_LEAST).unwrap_or_else(|| panic!("{PYTHON_NEEDED}"));
+    let output = Command::new(python).args(["-c", "import sys; print(sys.executable)"]).output();
+    PathBuf::from(String::from_utf8_lossy(&output.expect("Python runs").stdout).trim())
 }
 
 /// The virtual environment of a package from PyPI.

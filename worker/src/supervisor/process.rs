@@ -11,6 +11,7 @@ use std::{
         fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd},
         unix::{net::UnixStream, process::CommandExt},
     },
+    path::PathBuf,
     process::{Command, ExitCode, Stdio},
     time::{Duration, Instant},
 };
@@ -139,8 +140,8 @@ impl Supervised {
 
     fn handle(&mut self, request: Request, descriptors: Vec<OwnedFd>) {
         match request {
-            Request::Spawn { id, program, args, env } => {
-                let event = match self.spawn(id, &program, &args, env, descriptors) {
+            Request::Spawn { id, program, args, env, folder } => {
+                let event = match self.spawn(id, (&program, &args, folder), env, descriptors) {
                     Ok(pid) => Event::Started { id, pid },
                     Err(error) => Event::Failed { id, error: describe(&program, &error) },
                 };
@@ -161,8 +162,7 @@ impl Supervised {
     fn spawn(
         &mut self,
         id: u64,
-        program: &str,
-        args: &[String],
+        (program, args, folder): (&str, &[String], Option<PathBuf>),
         env: Vec<(String, String)>,
         descriptors: Vec<OwnedFd>,
     ) -> io::Result<u32> {
@@ -178,6 +178,9 @@ impl Supervised {
             .stdout(Stdio::from(stdout))
             .stderr(Stdio::from(stderr))
             .process_group(0);
+        if let Some(folder) = folder {
+            command.current_dir(folder);
+        }
         // SAFETY: the closures run between fork and exec, and each makes one system call, which is
         // async-signal-safe. Should this process be killed, its direct children go with it. And a
         // child must not inherit the signals that are blocked here: one that starts processes itself

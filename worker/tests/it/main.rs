@@ -7,6 +7,7 @@ mod cluster;
 mod faults;
 mod hosting;
 mod leases;
+mod managers;
 mod ownership;
 
 /// The first argument that turns this test binary into the MCP server that it tests with.
