@@ -40,11 +40,11 @@ pub fn package(record: &PackageRecord) -> Result<Map<String, Value>, Problem> {
 pub fn job(job: &Job, log: bool) -> Result<Map<String, Value>, Problem> {
     let mut fields = object(job)?;
     for name in ["server", "active", "owner", "notBefore"] {
-        fields.remove(name);
+        fields.shift_remove(name);
     }
     if !log {
-        fields.remove("log");
-        fields.remove("logDropped");
+        fields.shift_remove("log");
+        fields.shift_remove("logDropped");
     }
     if let Some(Value::Object(spec)) = fields.get_mut("spec") {
         hide_credentials(spec);
