@@ -18,6 +18,8 @@ mod edge;
 mod framing;
 #[path = "../it/lifecycle.rs"]
 mod lifecycle;
+#[path = "../it/packages.rs"]
+mod packages;
 #[path = "../it/packages_input.rs"]
 mod packages_input;
 #[path = "../it/processes.rs"]
@@ -32,6 +34,7 @@ mod smoke;
 mod bodies;
 mod fleet;
 mod mongodb_alone;
+mod packages_fleet;
 mod placement;
 mod reads_after_writes;
 mod services;

@@ -44,6 +44,17 @@ async fn what_differs_from_the_lock_is_refused() {
     assert!(server["logs"].to_string().contains("cannot be installed here"), "{server}");
 }
 
+/// Waits until a worker is at a job.
+async fn owner_of(api: &Deployment, path: &str) -> String {
+    let owner = std::sync::OnceLock::new();
+    eventually("a worker has begun", async || {
+        let job = api.get(path).await.ok().json()["job"].clone();
+        job["owner"].as_str().is_some_and(|worker| owner.set(worker.to_owned()).is_ok())
+    })
+    .await;
+    owner.into_inner().unwrap()
+}
+
 /// Whenever the worker that installs dies: another one installs, all of it.
 #[tokio::test]
 async fn an_installation_survives_its_worker() {
@@ -52,24 +63,22 @@ async fn an_installation_survives_its_worker() {
     for round in 0..10_u64 {
         let server = format!("clock-{round}");
         let body = json!({"name": "@acme/clock", "version": if round % 2 == 0 { "1.0.0" } else { "1.1.0" }, "serverName": server});
-        let request = api.request(reqwest::Method::POST, "/packages/install").header("Prefer", "respond-async");
+        let request =
+            api.request(reqwest::Method::POST, "/packages/install").header("Prefer", "respond-async");
         let accepted = api.send(request.json(&body)).await;
         assert_eq!(accepted.status, 202, "{}", accepted.text);
         let path = accepted.headers["location"].to_str().unwrap().to_owned();
-        let job = async || api.get(&path).await.ok().json()["job"].clone();
-        let mut owner = Value::Null;
-        eventually("a worker has begun", async || {
-            owner = job().await["owner"].clone();
-            owner.is_string()
-        })
-        .await;
+        let owner = owner_of(&api, &path).await;
         tokio::time::sleep(Duration::from_millis(round * 150)).await;
-        let lost = api.take_worker(owner.as_str().unwrap());
+        let lost = api.take_worker(&owner);
         lost.signal(Signal::SIGKILL);
         drop(lost);
         api.add_worker().await;
         let job = async || api.get(&path).await.ok().json()["job"].clone();
-        eventually("the job is over", async || job().await["state"] != "running" && job().await["state"] != "queued").await;
+        eventually("the job is over", async || {
+            job().await["state"] != "running" && job().await["state"] != "queued"
+        })
+        .await;
         let job = job().await;
         assert_eq!(job["state"], "done", "round {round}: {job}");
         let expected = body["version"].as_str().unwrap();
@@ -87,15 +96,13 @@ async fn a_worker_that_stops_gives_its_job_back() {
     let request = api.request(reqwest::Method::POST, "/packages/install").header("Prefer", "respond-async");
     let accepted = api.send(request.json(&json!({"name": "@acme/clock", "serverName": "clock"}))).await;
     let path = accepted.headers["location"].to_str().unwrap().to_owned();
-    let mut owner = Value::Null;
-    eventually("a worker has begun", async || {
-        owner = api.get(&path).await.ok().json()["job"]["owner"].clone();
-        owner.is_string()
-    })
-    .await;
-    let leaving = api.take_worker(owner.as_str().unwrap());
+    let owner = owner_of(&api, &path).await;
+    let leaving = api.take_worker(&owner);
     registry.fault(Fault::None);
     assert!(leaving.stop().await.success());
-    eventually("it is done by the other", async || api.get(&path).await.ok().json()["job"]["state"] == "done").await;
+    eventually("it is done by the other", async || {
+        api.get(&path).await.ok().json()["job"]["state"] == "done"
+    })
+    .await;
     assert_eq!(version(&api, "clock").await, "1.1.0");
 }

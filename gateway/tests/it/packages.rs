@@ -22,7 +22,12 @@ pub fn registry() -> Registry {
 
 /// Adds a version of that server.
 pub fn add_version(registry: &Registry, version: &str) {
-    registry.add_npm("@acme/clock", version, &[("cli.js", &node_server(version))], r#"{"bin": {"clock": "cli.js"}}"#);
+    registry.add_npm(
+        "@acme/clock",
+        version,
+        &[("cli.js", &node_server(version))],
+        r#"{"bin": {"clock": "cli.js"}}"#,
+    );
 }
 
 /// A deployment whose workers install from a registry.
@@ -73,7 +78,10 @@ fn generations(api: &Deployment) -> Vec<(PathBuf, usize)> {
 async fn a_package_of_npm_lives_its_life() {
     let registry = registry();
     let api = from(&registry).start().await;
-    let answer = install(&api, json!({"name": "@acme/clock", "version": "old", "serverName": "clock"})).await.ok().json();
+    let answer = install(&api, json!({"name": "@acme/clock", "version": "old", "serverName": "clock"}))
+        .await
+        .ok()
+        .json();
     let (package, server) = (&answer["package"], &answer["server"]);
     assert_eq!((&package["version"], &package["status"]), (&"1.0.0".into(), &"installed".into()), "{answer}");
     assert_eq!((&package["mcpServerId"], &package["runtime"]), (&"clock".into(), &"node".into()));
@@ -85,9 +93,14 @@ async fn a_package_of_npm_lives_its_life() {
     let updates = api.get("/packages/updates").await.ok().json()["updates"].clone();
     let expected = json!({"serverName": "clock", "currentVersion": "1.0.0", "latestVersion": "1.1.0", "updateAvailable": true});
     assert_eq!(updates, json!([expected]));
-    for path in ["/packages/by-name/@acme%2Fclock", "/packages/by-name/@acme/clock", "/packages/by-id/clock"] {
+    for path in ["/packages/by-name/@acme%2Fclock", "/packages/by-name/@acme/clock", "/packages/by-id/clock"]
+    {
         let package = api.get(&format!("{path}?checkUpdates=true")).await.ok().json()["package"].clone();
-        assert_eq!((&package["latestVersion"], &package["updateAvailable"]), (&"1.1.0".into(), &true.into()), "{path}");
+        assert_eq!(
+            (&package["latestVersion"], &package["updateAvailable"]),
+            (&"1.1.0".into(), &true.into()),
+            "{path}"
+        );
     }
 
     let pids = api.pids("clock").await;
@@ -105,9 +118,13 @@ async fn a_package_of_npm_lives_its_life() {
     api.put("/packages/clock/upgrade", Some(&json!({"version": "1.0.0"}))).await.ok();
     assert_eq!(version(&api, "clock").await, "1.0.0");
     let all = api.put("/packages/upgrade-all", None).await.ok().json();
-    assert_eq!((&all["results"][0]["serverName"], &all["results"][0]["success"]), (&"clock".into(), &true.into()));
+    assert_eq!(
+        (&all["results"][0]["serverName"], &all["results"][0]["success"]),
+        (&"clock".into(), &true.into())
+    );
     assert_eq!(version(&api, "clock").await, "1.1.0");
-    eventually("older installations go", async || generations(&api).iter().all(|(_, count)| *count <= 1)).await;
+    eventually("older installations go", async || generations(&api).iter().all(|(_, count)| *count <= 1))
+        .await;
 
     api.put("/packages/clock/disable", None).await.ok();
     assert_eq!(package_of(&api).await["enabled"], false);
@@ -147,7 +164,11 @@ async fn a_package_of_python_lives_its_life() {
     assert_eq!(answer["package"]["version"], "1.0", "{answer}");
     assert_eq!(answer["package"]["venvPath"], "packages/python/tick");
     assert_eq!(answer["server"]["args"], json!(["-u", "-m", "tick_tock", "--quiet"]));
-    assert!(answer["server"]["command"].as_str().is_some_and(|command| command.ends_with("packages/python/tick/bin/python")));
+    assert!(
+        answer["server"]["command"]
+            .as_str()
+            .is_some_and(|command| command.ends_with("packages/python/tick/bin/python"))
+    );
     assert_eq!(version(&api, "tick").await, "1.0");
     let update = &api.get("/packages/updates?name=tick").await.ok().json()["updates"][0];
     assert_eq!((&update["latestVersion"], &update["updateAvailable"]), (&"1.1".into(), &true.into()));
@@ -155,7 +176,9 @@ async fn a_package_of_python_lives_its_life() {
     assert_eq!(version(&api, "tick").await, "1.1");
     assert_eq!(package(&api, "tick").await["pipDependencies"], json!(["tick-dep<2"]));
     // A console script by the path that the documentation names, and by its name alone.
-    for (server, command) in [("by-path", "/app/packages/python/by-path/bin/tick-tock"), ("by-name", "tick-tock")] {
+    for (server, command) in
+        [("by-path", "/app/packages/python/by-path/bin/tick-tock"), ("by-name", "tick-tock")]
+    {
         let body = json!({
             "name": "tick-tock", "serverName": server, "runtime": "python", "pythonModule": "tick_tock", "command": command,
         });
@@ -174,10 +197,25 @@ async fn what_cannot_be_installed_says_why_and_leaves_no_trace() {
     let silent = "setInterval(() => {}, 1000)";
     registry.add_npm("noentry", "1.0.0", &[("readme.md", "")], "{}");
     registry.add_npm("gone-entry", "1.0.0", &[("readme.md", "")], r#"{"bin": "missing.js"}"#);
-    registry.add_npm("nomcp", "1.0.0", &[("x.js", "console.error('I am no server'); process.exit(3)")], r#"{"bin": "x.js"}"#);
+    registry.add_npm(
+        "nomcp",
+        "1.0.0",
+        &[("x.js", "console.error('I am no server'); process.exit(3)")],
+        r#"{"bin": "x.js"}"#,
+    );
     registry.add_npm("silent", "1.0.0", &[("x.js", silent)], r#"{"bin": "x.js"}"#);
-    registry.add_npm("warns", "1.0.0", &[("x.js", &node_server("1"))], r#"{"bin": "x.js", "deprecated": "do not use"}"#);
-    registry.add_npm("needs-gone", "1.0.0", &[("x.js", "")], r#"{"bin": "x.js", "dependencies": {"nowhere": "1"}}"#);
+    registry.add_npm(
+        "warns",
+        "1.0.0",
+        &[("x.js", &node_server("1"))],
+        r#"{"bin": "x.js", "deprecated": "do not use"}"#,
+    );
+    registry.add_npm(
+        "needs-gone",
+        "1.0.0",
+        &[("x.js", "")],
+        r#"{"bin": "x.js", "dependencies": {"nowhere": "1"}}"#,
+    );
     let api = from(&registry).start().await;
     let cases = [
         (json!({"name": "nowhere"}), 404, "package_not_found"),
@@ -206,7 +244,9 @@ async fn what_cannot_be_installed_says_why_and_leaves_no_trace() {
     let body = json!({"name": "nomcp", "serverName": "asleep", "enabled": false});
     assert_eq!(install(&api, body).await.ok().json()["server"]["enabled"], false);
     // Names that are taken.
-    install(&api, json!({"name": "@acme/clock", "serverName": "warned"})).await.fails(409, "server_already_exists");
+    install(&api, json!({"name": "@acme/clock", "serverName": "warned"}))
+        .await
+        .fails(409, "server_already_exists");
 }
 
 #[tokio::test]
@@ -223,7 +263,9 @@ async fn a_registry_that_fails_is_said_so() {
         no_trace(&api, "clock", 0).await;
     }
     registry.fault(Fault::Corrupt);
-    install(&api, json!({"name": "@acme/clock", "serverName": "clock"})).await.fails(502, "integrity_mismatch");
+    install(&api, json!({"name": "@acme/clock", "serverName": "clock"}))
+        .await
+        .fails(502, "integrity_mismatch");
     no_trace(&api, "clock", 0).await;
     registry.fault(Fault::None);
     install(&api, json!({"name": "@acme/clock", "serverName": "clock"})).await.ok();
@@ -231,7 +273,11 @@ async fn a_registry_that_fails_is_said_so() {
     registry.fault(Fault::Down);
     assert_eq!(version(&api, "clock").await, "1.1.0");
     let update = api.get("/packages/updates").await.ok().json()["updates"][0].clone();
-    assert_eq!((&update["currentVersion"], &update["updateAvailable"]), (&"1.1.0".into(), &false.into()), "{update}");
+    assert_eq!(
+        (&update["currentVersion"], &update["updateAvailable"]),
+        (&"1.1.0".into(), &false.into()),
+        "{update}"
+    );
     api.put("/packages/clock/upgrade", None).await.fails(502, "registry_unavailable");
     assert_eq!(version(&api, "clock").await, "1.1.0");
 }
@@ -247,12 +293,15 @@ async fn an_upgrade_that_fails_changes_nothing() {
     for (version, code) in [("2.0.0", "not_an_mcp_server"), ("3.0.0", "no_entry_point")] {
         api.put("/packages/clock/upgrade", Some(&json!({"version": version}))).await.fails(422, code);
     }
-    api.put("/packages/clock/upgrade", Some(&json!({"version": "7.0.0"}))).await.fails(404, "version_not_found");
+    api.put("/packages/clock/upgrade", Some(&json!({"version": "7.0.0"})))
+        .await
+        .fails(404, "version_not_found");
     assert_eq!(api.pids("clock").await, pids, "the processes went on");
     let after = package_of(&api).await;
     assert_eq!((&after["version"], &after["installed"]), (&before["version"], &before["installed"]));
     assert_eq!(version(&api, "clock").await, "1.1.0");
-    eventually("nothing of them is left", async || generations(&api).iter().all(|(_, count)| *count <= 1)).await;
+    eventually("nothing of them is left", async || generations(&api).iter().all(|(_, count)| *count <= 1))
+        .await;
 }
 
 #[tokio::test]
@@ -284,16 +333,17 @@ async fn a_job_can_be_followed() {
     let path = accepted.headers["location"].to_str().unwrap().to_owned();
     let id = accepted.json()["jobId"].as_str().unwrap().to_owned();
     assert_eq!(path, format!("/packages/jobs/{id}"));
-    eventually("a worker is at it", async || {
-        api.get(&path).await.ok().json()["job"]["state"] == "running"
-    })
-    .await;
+    eventually("a worker is at it", async || api.get(&path).await.ok().json()["job"]["state"] == "running")
+        .await;
     // One at a time, whoever asks for what.
-    let other = install(&api, json!({"name": "other", "serverName": "clock"})).await.fails(409, "install_in_progress");
+    let other = install(&api, json!({"name": "other", "serverName": "clock"}))
+        .await
+        .fails(409, "install_in_progress");
     assert_eq!(other.json()["jobId"], id.as_str());
     api.delete("/packages/clock").await.fails(409, "install_in_progress");
     registry.fault(Fault::None);
-    let events = api.send(api.request(reqwest::Method::GET, &path).header("Accept", "text/event-stream")).await;
+    let events =
+        api.send(api.request(reqwest::Method::GET, &path).header("Accept", "text/event-stream")).await;
     assert_eq!(events.headers["content-type"], "text/event-stream");
     let names: Vec<_> = events.text.lines().filter_map(|line| line.strip_prefix("event: ")).collect();
     assert_eq!((names.last(), names.contains(&"log")), (Some(&"done"), true), "{}", events.text);
@@ -330,7 +380,10 @@ async fn an_upgrade_fails_no_call() {
         for version in ["1.2.0", "1.3.0", "1.4.0"] {
             add_version(&registry, version);
             let body = json!({"version": version});
-            assert_eq!(api.put("/packages/clock/upgrade", Some(&body)).await.ok().json()["package"]["version"], version);
+            assert_eq!(
+                api.put("/packages/clock/upgrade", Some(&body)).await.ok().json()["package"]["version"],
+                version
+            );
             assert_eq!(self::version(&api, "clock").await, version, "a call after the answer");
         }
         over.cancel();
@@ -352,11 +405,17 @@ async fn packages_outlive_the_programs() {
     registry.fault(Fault::Down);
     let api = from(&registry).data(&data).start().await;
     let listed = api.get("/packages").await.ok().json()["packages"].clone();
-    assert_eq!((&listed[0]["version"], &listed[0]["mcpServerId"]), (&"1.0.0".into(), &"clock".into()), "{listed}");
+    assert_eq!(
+        (&listed[0]["version"], &listed[0]["mcpServerId"]),
+        (&"1.0.0".into(), &"clock".into()),
+        "{listed}"
+    );
     // In a cluster the server may fall to a worker that has to install it first.
     registry.fault(Fault::None);
     assert_eq!(version(&api, "clock").await, "1.0.0");
-    let links = generations(&api).into_iter().map(|(folder, _)| folder.join("acme-clock/node_modules/@acme/clock/cli.js"));
+    let links = generations(&api)
+        .into_iter()
+        .map(|(folder, _)| folder.join("acme-clock/node_modules/@acme/clock/cli.js"));
     assert!(links.into_iter().any(|path| Path::new(&path).exists()), "the documented path leads there");
 }
 
@@ -372,7 +431,9 @@ async fn packages_are_installed_on_the_first_start_only() {
     eventually("the other is reported as failed", async || {
         let jobs = api.get("/packages/jobs").await.ok().json()["jobs"].clone();
         jobs.as_array().unwrap().iter().any(|job| {
-            job["serverName"] == "missing" && job["state"] == "failed" && job["error"]["code"] == "package_not_found"
+            job["serverName"] == "missing"
+                && job["state"] == "failed"
+                && job["error"]["code"] == "package_not_found"
         })
     })
     .await;
@@ -386,6 +447,7 @@ async fn packages_are_installed_on_the_first_start_only() {
     install(&api, json!({"name": "@acme/clock", "serverName": "other"})).await.ok();
     assert!(registry.requests().len() > asked);
     api.get("/mcp/servers/clock").await.fails(404, "server_not_found");
-    let names: Vec<_> = registry.requests()[asked..].iter().filter(|path| path.contains("missing")).cloned().collect();
+    let names: Vec<_> =
+        registry.requests()[asked..].iter().filter(|path| path.contains("missing")).cloned().collect();
     assert_eq!(names, Vec::<String>::new());
 }
