@@ -137,9 +137,21 @@ impl Collection {
             Collection::Jobs => "serverName",
         }
     }
+
+    /// The key that a document of it holds. One without a key could never be found again.
+    pub(crate) fn key_in(self, document: &Document) -> Result<&str, StoreError> {
+        let key = document.get(self.key()).and_then(serde_json::Value::as_str).filter(|key| !key.is_empty());
+        key.ok_or_else(|| StoreError::Corrupt {
+            what: format!("a document without {} for {}", self.key(), self.name()),
+        })
+    }
 }
 
-/// A document of a [`Collection`].
+/// The field of a [`Document`] that says whether it is active. It counts only where it is `true`.
+pub(crate) const ACTIVE: &str = "active";
+
+/// A document of a [`Collection`]. Fields of packages that are `null` are as good as missing: mcp-api
+/// writes that for what is not set, so a store may leave them out.
 pub type Document = serde_json::Map<String, serde_json::Value>;
 
 /// Why the store did not do as asked.
@@ -243,51 +255,41 @@ pub trait Store: Send + Sync + 'static {
     /// field of that name is `true`. One that cannot be read is logged and left out.
     async fn documents(
         &self,
-        _collection: Collection,
-        _active: bool,
-    ) -> Result<Vec<Versioned<Document>>, StoreError> {
-        Err(StoreError::Unavailable { cause: "not there yet".to_owned() })
-    }
+        collection: Collection,
+        active: bool,
+    ) -> Result<Vec<Versioned<Document>>, StoreError>;
 
     /// One document by its key.
     async fn document(
         &self,
-        _collection: Collection,
-        _key: &str,
-    ) -> Result<Option<Versioned<Document>>, StoreError> {
-        Err(StoreError::Unavailable { cause: "not there yet".to_owned() })
-    }
+        collection: Collection,
+        key: &str,
+    ) -> Result<Option<Versioned<Document>>, StoreError>;
 
     /// Adds a document, which holds its key. [`StoreError::AlreadyExists`] when there is one with that key.
     async fn insert_document(
         &self,
-        _collection: Collection,
-        _document: &Document,
-    ) -> Result<Revision, StoreError> {
-        Err(StoreError::Unavailable { cause: "not there yet".to_owned() })
-    }
+        collection: Collection,
+        document: &Document,
+    ) -> Result<Revision, StoreError>;
 
     /// Replaces a document that still has the revision `expected`; else [`StoreError::Conflict`], or
     /// [`StoreError::NotFound`] when it is gone.
     async fn replace_document(
         &self,
-        _collection: Collection,
-        _document: &Document,
-        _expected: Revision,
-    ) -> Result<Revision, StoreError> {
-        Err(StoreError::Unavailable { cause: "not there yet".to_owned() })
-    }
+        collection: Collection,
+        document: &Document,
+        expected: Revision,
+    ) -> Result<Revision, StoreError>;
 
     /// Removes a document; with `expected` only one that still has that revision, else
     /// [`StoreError::Conflict`]. Says whether there was one.
     async fn delete_document(
         &self,
-        _collection: Collection,
-        _key: &str,
-        _expected: Option<Revision>,
-    ) -> Result<bool, StoreError> {
-        Err(StoreError::Unavailable { cause: "not there yet".to_owned() })
-    }
+        collection: Collection,
+        key: &str,
+        expected: Option<Revision>,
+    ) -> Result<bool, StoreError>;
 
     /// Writes a fact unless it is written already; returns what stands there now.
     async fn put_once(&self, fact: Fact, key: &str, value: &str) -> Result<String, StoreError>;

@@ -19,6 +19,7 @@ use tokio::sync::{
 use super::StoreError;
 use crate::limits;
 
+mod documents;
 mod executor;
 mod schema;
 mod sql;

@@ -34,6 +34,7 @@ use crate::{
 mod coordination;
 mod documents;
 mod failure;
+mod generic;
 mod schema;
 mod secrets;
 mod servers;
@@ -360,6 +361,48 @@ impl Store for MongoStore {
 
     async fn release_lease(&self, lease: &Lease) -> Result<(), StoreError> {
         self.run(self.database.release_lease(lease)).await
+    }
+
+    async fn documents(
+        &self,
+        collection: super::Collection,
+        active: bool,
+    ) -> Result<Vec<Versioned<super::Document>>, StoreError> {
+        self.run(self.database.all_documents(collection, active)).await
+    }
+
+    async fn document(
+        &self,
+        collection: super::Collection,
+        key: &str,
+    ) -> Result<Option<Versioned<super::Document>>, StoreError> {
+        self.run(self.database.one_document(collection, key)).await
+    }
+
+    async fn insert_document(
+        &self,
+        collection: super::Collection,
+        document: &super::Document,
+    ) -> Result<Revision, StoreError> {
+        self.run(self.database.insert_document(collection, document)).await
+    }
+
+    async fn replace_document(
+        &self,
+        collection: super::Collection,
+        document: &super::Document,
+        expected: Revision,
+    ) -> Result<Revision, StoreError> {
+        self.run(self.database.replace_document(collection, document, expected)).await
+    }
+
+    async fn delete_document(
+        &self,
+        collection: super::Collection,
+        key: &str,
+        expected: Option<Revision>,
+    ) -> Result<bool, StoreError> {
+        self.run(self.database.delete_document(collection, key, expected)).await
     }
 
     async fn put_once(&self, fact: Fact, key: &str, value: &str) -> Result<String, StoreError> {

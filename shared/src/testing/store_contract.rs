@@ -12,10 +12,11 @@ use tokio::task::JoinSet;
 use crate::{
     ids::{SecretName, ServerName, UserId},
     server::ServerRecord,
-    store::{SealedSecret, SealedServer, Store, StoreError, StoredTools},
+    store::{Collection, Document, SealedSecret, SealedServer, Store, StoreError, StoredTools},
 };
 
 pub mod coordination;
+pub mod documents;
 pub mod secrets;
 pub mod servers;
 
@@ -52,6 +53,17 @@ macro_rules! store_contract {
             coordination::one_of_many_takers_gets_the_lease,
             coordination::the_first_writer_of_a_fact_wins,
             coordination::facts_are_kept_apart_by_collection,
+            documents::a_document_is_kept_whole,
+            documents::a_large_document_is_kept_whole,
+            documents::a_document_needs_a_key_that_is_free,
+            documents::keys_are_only_text,
+            documents::one_of_many_additions_wins,
+            documents::a_document_is_replaced_at_its_current_revision,
+            documents::one_of_many_changes_wins,
+            documents::a_document_is_deleted_at_its_current_revision,
+            documents::a_revision_does_not_fit_a_later_document_of_that_key,
+            documents::active_documents_can_be_listed_alone,
+            documents::documents_are_listed_in_the_order_in_which_they_were_added,
         }
     };
     (@each (tests $open:path); $($module:ident::$test:ident,)*) => {
@@ -107,6 +119,28 @@ pub fn secret(user: &UserId, server: &ServerName, name: &str, value: &str) -> Se
         secret_name,
         value: value.to_owned(),
     }
+}
+
+/// A document with some of everything. A package has an id, as all that stands in mcp-api's collection.
+pub fn document(collection: Collection, key: &str) -> Document {
+    let document = json!({
+        collection.key(): key, "name": "@scope/p\u{e4}ckage", "status": "installed",
+        "installed": "2026-11-22T16:48:29.287Z", "lastUpgraded": "yesterday",
+        "created": "2026-11-22T16:48:29.287Z", "log": ["", "two"], "rank": 9_007_199_254_740_993_i64,
+        "files": { "package.json": "{}\n", "$dollar": "\t" },
+        "nested": {
+            "list": [1, "two", null, { "three": [] }], "empty": {}, "_id": 7,
+            "installed": "2026-11-22T16:48:29.287Z", "$date": "2026-11-22T16:48:29.287Z",
+        },
+        "weight": 0.5, "enabled": true, "active": false,
+    });
+    let Value::Object(mut document) = document else { panic!("a document is an object") };
+    if collection == Collection::Packages {
+        // Ids as these grow, as those that MongoDB makes.
+        let id = uuid::Uuid::now_v7().simple().to_string();
+        document.insert("_id".to_owned(), id[..24].into());
+    }
+    document
 }
 
 fn user(prefix: &str) -> UserId {

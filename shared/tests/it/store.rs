@@ -10,10 +10,10 @@ use std::{
 use mcp_shared::{
     ids::{ServerName, UserId},
     store::{
-        Fact, Store, StoreError, StoredTools,
+        Collection, Fact, Store, StoreError, StoredTools, Versioned,
         embedded::{EmbeddedStore, OpenError},
     },
-    testing::store_contract::{self, secret, server},
+    testing::store_contract::{self, document, secret, server},
 };
 use rusqlite::Connection;
 use tempfile::TempDir;
@@ -70,6 +70,8 @@ async fn everything_is_there_after_reopening() {
     let tools = StoredTools { server: record.0.name.clone(), user: None, tools: "[]".to_owned() };
     store.put_tools(&tools).await.unwrap();
     store.put_once(Fact::AppState, "imported", "yes").await.unwrap();
+    let job = document(Collection::Jobs, "kept");
+    let queued = store.insert_document(Collection::Jobs, &job).await.unwrap();
     let held = store.take_lease("held", "dead", None).await.unwrap();
     let free = store.take_lease("free", "dead", None).await.unwrap();
     store.release_lease(&free).await.unwrap();
@@ -83,6 +85,8 @@ async fn everything_is_there_after_reopening() {
     assert_eq!(store.secrets(&user, &record.0.name).await.unwrap(), [sealed]);
     assert_eq!(store.tools().await.unwrap(), [tools]);
     assert_eq!(store.fact(Fact::AppState, "imported").await.unwrap().as_deref(), Some("yes"));
+    let found = store.document(Collection::Jobs, "kept").await.unwrap();
+    assert_eq!(found, Some(Versioned { revision: queued, value: job }));
 
     // The dead process holds nothing any more, but its fence still counts.
     assert!(matches!(store.renew_lease(&held).await, Err(StoreError::Conflict)));
@@ -227,6 +231,56 @@ async fn a_file_of_a_newer_version_is_refused() {
     match refused(dir.path()) {
         OpenError::Newer { found, known, .. } => assert_eq!((found, known), (version + 1, version)),
         other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn a_file_of_an_older_version_is_brought_up_to_date() {
+    let dir = used_folder().await;
+    let connection = Connection::open(data_file(dir.path())).unwrap();
+    connection.execute_batch("DROP TABLE documents; PRAGMA user_version = 1").unwrap();
+    connection.close().unwrap();
+    // The second time there is nothing left to do.
+    for round in 0..2 {
+        let store = EmbeddedStore::open(dir.path()).unwrap();
+        assert_eq!(store.servers().await.unwrap().len(), 50);
+        for collection in Collection::ALL {
+            assert_eq!(store.documents(collection, false).await.unwrap().len(), round);
+            store.insert_document(collection, &document(collection, &format!("k{round}"))).await.unwrap();
+        }
+        store.close().await;
+    }
+}
+
+#[tokio::test]
+async fn one_unreadable_document_does_not_hide_the_others() {
+    let dir = TempDir::new().unwrap();
+    let store = EmbeddedStore::open(dir.path()).unwrap();
+    for number in 0..6 {
+        let mut document = document(Collection::Jobs, &format!("job-{number}"));
+        document.insert("active".to_owned(), true.into());
+        store.insert_document(Collection::Jobs, &document).await.unwrap();
+    }
+    store.close().await;
+    let connection = Connection::open(data_file(dir.path())).unwrap();
+    let bad = [("job-1", "'[]'"), ("job-2", "'{'"), ("job-4", "CAST(x'FF' AS TEXT)")];
+    for (key, document) in bad {
+        let sql = format!("UPDATE documents SET document = {document} WHERE key = '{key}'");
+        assert_eq!(connection.execute(&sql, []).unwrap(), 1);
+    }
+    connection.close().unwrap();
+    let store = EmbeddedStore::open(dir.path()).unwrap();
+    for active in [false, true] {
+        assert_eq!(store.documents(Collection::Jobs, active).await.unwrap().len(), 3);
+    }
+    for (key, _) in bad {
+        let error = store.document(Collection::Jobs, key).await.unwrap_err();
+        assert!(
+            matches!(&error, StoreError::Corrupt { what } if *what == format!("jobs {key}")),
+            "{error:?}"
+        );
+        assert!(store.delete_document(Collection::Jobs, key, None).await.unwrap());
+        store.insert_document(Collection::Jobs, &document(Collection::Jobs, key)).await.unwrap();
     }
 }
 

@@ -26,7 +26,8 @@ const CHECKED_AT_OPEN: u64 = 256 * 1024 * 1024;
 
 /// The schema, step by step: the first `n` steps make version `n`. Steps that were released are never
 /// changed; new ones are added at the end.
-const MIGRATIONS: &[&str] = &["
+const MIGRATIONS: &[&str] = &[
+    "
     CREATE TABLE servers (
         seq INTEGER PRIMARY KEY AUTOINCREMENT,
         name TEXT NOT NULL UNIQUE,
@@ -62,7 +63,21 @@ const MIGRATIONS: &[&str] = &["
         value TEXT NOT NULL,
         PRIMARY KEY (collection, key)
     ) STRICT;
-"];
+",
+    "
+    CREATE TABLE documents (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        collection TEXT NOT NULL,
+        key TEXT NOT NULL,
+        active INTEGER NOT NULL, -- before the document, which may be long
+        revision INTEGER NOT NULL,
+        document TEXT NOT NULL,
+        UNIQUE (collection, key)
+    ) STRICT;
+    -- Serves listings: a collection in the order in which its documents were added.
+    CREATE INDEX documents_in_order ON documents (collection, seq);
+",
+];
 
 /// An open data folder.
 pub(super) struct Opened {

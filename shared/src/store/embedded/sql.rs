@@ -7,11 +7,19 @@ use async_trait::async_trait;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use serde_json::{Map, Value};
 
-use super::{EmbeddedStore, executor::Failure, schema};
+use super::{
+    EmbeddedStore,
+    documents::{self, DocumentRow},
+    executor::Failure,
+    schema,
+};
 use crate::{
     ids::{SecretName, ServerName, UserId},
     server::ServerRecord,
-    store::{Fact, Lease, Revision, SealedSecret, SealedServer, Store, StoreError, StoredTools, Versioned},
+    store::{
+        self, Collection, Fact, Lease, Revision, SealedSecret, SealedServer, Store, StoreError, StoredTools,
+        Versioned,
+    },
 };
 
 #[async_trait]
@@ -316,6 +324,54 @@ impl Store for EmbeddedStore {
             Ok(())
         })
         .await
+    }
+
+    async fn documents(
+        &self,
+        collection: Collection,
+        active: bool,
+    ) -> Result<Vec<Versioned<store::Document>>, StoreError> {
+        let rows = self.read(move |connection| documents::list(connection, collection, active)).await?;
+        Ok(rows.iter().filter_map(|row| row.value(collection).ok()).collect())
+    }
+
+    async fn document(
+        &self,
+        collection: Collection,
+        key: &str,
+    ) -> Result<Option<Versioned<store::Document>>, StoreError> {
+        let key = key.to_owned();
+        let row = self.read(move |connection| documents::find(connection, collection, &key)).await?;
+        row.map(|row: DocumentRow| row.value(collection)).transpose()
+    }
+
+    async fn insert_document(
+        &self,
+        collection: Collection,
+        document: &store::Document,
+    ) -> Result<Revision, StoreError> {
+        let new = documents::New::make(collection, document)?;
+        self.write(move |connection| new.insert(connection)).await
+    }
+
+    async fn replace_document(
+        &self,
+        collection: Collection,
+        document: &store::Document,
+        expected: Revision,
+    ) -> Result<Revision, StoreError> {
+        let new = documents::New::make(collection, document)?;
+        self.write(move |connection| new.replace(connection, expected)).await
+    }
+
+    async fn delete_document(
+        &self,
+        collection: Collection,
+        key: &str,
+        expected: Option<Revision>,
+    ) -> Result<bool, StoreError> {
+        let key = key.to_owned();
+        self.write(move |connection| documents::delete(connection, collection, &key, expected)).await
     }
 
     async fn put_once(&self, fact: Fact, key: &str, value: &str) -> Result<String, StoreError> {

@@ -38,21 +38,8 @@ impl StoredServer {
     /// Takes a document apart. The error says which document it is.
     pub(super) fn read(raw: &RawDocumentBuf) -> Result<Self, String> {
         let document = Document::try_from(raw).map_err(|_| which(raw))?;
-        let revision = match document.get(REVISION) {
-            Some(value) => whole(value).ok_or_else(|| which(raw))?,
-            // Whoever writes such a document changes no number in it, so its content is what a
-            // compare-and-set can compare. Negative, so that it is none of ours.
-            None => {
-                let hash = Sha256::digest(raw.as_bytes());
-                let number = hash.iter().take(6).fold(0, |number, byte| number << 8 | i64::from(*byte));
-                -1 - number
-            }
-        };
-        Ok(Self { document, revision: Revision(revision) })
-    }
-
-    pub(super) fn id(&self) -> Bson {
-        self.document.get("_id").cloned().unwrap_or(Bson::Null)
+        let revision = revision(raw, &document).ok_or_else(|| which(raw))?;
+        Ok(Self { document, revision })
     }
 
     /// The record that the document holds. The error says why it cannot be read.
@@ -88,20 +75,8 @@ impl StoredServer {
     /// The document for a changed record.
     pub(super) fn replaced_by(&self, server: &SealedServer, revision: i64) -> Result<Document, StoreError> {
         let record = record_map(&server.0)?;
-        let mut document = doc! { "_id": self.id() };
-        for (field, value) in &record {
-            let new = match self.document.get(field) {
-                Some(old) if render(old) == *value => old.clone(),
-                _ => field_value(field, value),
-            };
-            document.insert(field, new);
-        }
-        // Records do not have what is null. mcp-api writes it, and may expect it.
-        for (field, _) in self.document.iter().filter(|(_, value)| **value == Bson::Null) {
-            if !record.contains_key(field) {
-                document.insert(field, Bson::Null);
-            }
-        }
+        let mut document = changed(&self.document, &record, DATES);
+        add_nulls(&self.document, &mut document);
         for field in [INCARNATION, CASE_KEY] {
             if let Some(value) = self.document.get(field) {
                 document.insert(field, value.clone());
@@ -113,17 +88,60 @@ impl StoredServer {
 
     /// A filter that fits the document while it is as it was read.
     pub(super) fn unchanged(&self) -> Document {
-        let mut filter = doc! { "_id": { "$eq": self.id() } };
-        if self.document.contains_key(REVISION) {
-            filter.insert(REVISION, doc! { "$eq": self.revision.0 });
-            return filter;
+        unchanged(&self.document, self.revision)
+    }
+}
+
+/// The number of a document's version; `None` if what stands there is no number.
+pub(super) fn revision(raw: &RawDocumentBuf, document: &Document) -> Option<Revision> {
+    match document.get(REVISION) {
+        Some(value) => whole(value).map(Revision),
+        // Whoever writes such a document changes no number in it, so its content is what a
+        // compare-and-set can compare. Negative, so that it is none of ours.
+        None => {
+            let hash = Sha256::digest(raw.as_bytes());
+            let number = hash.iter().take(6).fold(0, |number, byte| number << 8 | i64::from(*byte));
+            Some(Revision(-1 - number))
         }
-        filter.insert(REVISION, doc! { "$exists": false });
-        let plain = |field: &str| field != "_id" && !field.starts_with('$') && !field.contains('.');
-        for (field, value) in self.document.iter().filter(|(field, _)| plain(field)) {
-            filter.insert(field, doc! { "$eq": value.clone() });
-        }
-        filter
+    }
+}
+
+/// A filter that fits a document while it is as it was read.
+pub(super) fn unchanged(document: &Document, revision: Revision) -> Document {
+    let mut filter = doc! { "_id": { "$eq": id(document) } };
+    if document.contains_key(REVISION) {
+        filter.insert(REVISION, doc! { "$eq": revision.0 });
+        return filter;
+    }
+    filter.insert(REVISION, doc! { "$exists": false });
+    let plain = |field: &str| field != "_id" && !field.starts_with('$') && !field.contains('.');
+    for (field, value) in document.iter().filter(|(field, _)| plain(field)) {
+        filter.insert(field, doc! { "$eq": value.clone() });
+    }
+    filter
+}
+
+fn id(document: &Document) -> Bson {
+    document.get("_id").cloned().unwrap_or(Bson::Null)
+}
+
+/// A document with other fields under the same id. A field whose value did not change keeps its type.
+pub(super) fn changed(old: &Document, fields: &Map<String, Value>, dates: &[&str]) -> Document {
+    let mut document = doc! { "_id": id(old) };
+    for (field, value) in fields {
+        let new = match old.get(field) {
+            Some(old) if render(old) == *value => old.clone(),
+            _ => field_value(field, value, dates),
+        };
+        document.insert(field, new);
+    }
+    document
+}
+
+/// Adds what is `null` in the old document. Records do not have that; mcp-api writes it, and may expect it.
+pub(super) fn add_nulls(old: &Document, document: &mut Document) {
+    for (field, _) in old.iter().filter(|(_, value)| **value == Bson::Null) {
+        document.entry(field.clone()).or_insert(Bson::Null);
     }
 }
 
@@ -131,7 +149,7 @@ impl StoredServer {
 pub(super) fn new_document(server: &SealedServer, revision: i64) -> Result<Document, StoreError> {
     let record = record_map(&server.0)?;
     let mut document: Document =
-        record.iter().map(|(field, value)| (field.clone(), field_value(field, value))).collect();
+        record.iter().map(|(field, value)| (field.clone(), field_value(field, value, DATES))).collect();
     document.insert(REVISION, revision);
     document.insert(INCARNATION, revision);
     document.insert(CASE_KEY, server.0.name.case_key());
@@ -184,18 +202,18 @@ fn record_map(record: &ServerRecord) -> Result<Map<String, Value>, StoreError> {
     Ok(map)
 }
 
-/// A field of a record, typed as mcp-api does it.
-fn field_value(field: &str, value: &Value) -> Bson {
+/// A field of a record, typed as mcp-api does it; `dates` are the fields that it has as dates.
+pub(super) fn field_value(field: &str, value: &Value, dates: &[&str]) -> Bson {
     match value {
         Value::String(text) if field == "_id" => match ObjectId::parse_str(text) {
             Ok(id) => Bson::ObjectId(id),
             Err(_) => Bson::String(text.clone()),
         },
-        Value::String(_) if DATES.contains(&field) => {
-            match serde_json::from_value::<Timestamp>(value.clone()) {
-                Ok(stamp) => Bson::DateTime(DateTime::from_millis(stamp.millis())),
-                Err(_) => plain(value),
-            }
+        Value::String(_) if dates.contains(&field) => {
+            let stamp = serde_json::from_value::<Timestamp>(value.clone()).ok();
+            let date = stamp.map(|stamp| Bson::DateTime(DateTime::from_millis(stamp.millis())));
+            // A date has milliseconds and no time zone. What it would not give back stays a text.
+            date.filter(|date| render(date) == *value).unwrap_or_else(|| plain(value))
         }
         _ => plain(value),
     }
@@ -224,7 +242,7 @@ fn plain_number(number: &Number) -> Bson {
 }
 
 /// A value as JSON. What JSON does not have becomes text.
-fn render(value: &Bson) -> Value {
+pub(super) fn render(value: &Bson) -> Value {
     match value {
         Bson::Null | Bson::Undefined => Value::Null,
         Bson::Boolean(value) => Value::Bool(*value),

@@ -14,7 +14,7 @@ use super::{
     failure::{Failure, is_duplicate, is_other_name},
     servers::collect,
 };
-use crate::store::StoreError;
+use crate::store::{self, ACTIVE, StoreError};
 
 /// How often duplicates are removed while mcp-api may write new ones.
 const ATTEMPTS: usize = 3;
@@ -36,14 +36,19 @@ impl Database {
         // Not the fields of mcp-api's own index, which is not unique: one could not stand beside the
         // other. (`server` is missing in all but the oldest rows, where the key alone is not unique.)
         let fields = doc! { "username": 1, "key": 1, "server": 1 };
-        for _ in 0..ATTEMPTS {
-            match self.secrets.create_index(index("secret_unique", fields.clone(), unique.clone())).await {
-                Ok(_) => break,
-                Err(error) if is_duplicate(&error) => self.resolve_duplicates().await?,
-                Err(error) => return Err(error.into()),
-            }
+        ensure_unique(&self.secrets, index("secret_unique", fields, unique.clone())).await?;
+        self.ensure_plain(&self.tools, "server").await?;
+
+        for collection in store::Collection::ALL {
+            let (rows, key) = (self.documents(collection), collection.key());
+            let mut named = unique.clone();
+            // What has no key is no document of ours: mcp-api has packages without a server. The condition
+            // has this form because MongoDB sees from it that the index serves searches for a key.
+            named.partial_filter_expression = Some(doc! { key: { "$gt": "" } });
+            ensure_unique(&rows, index(&format!("{key}_unique"), doc! { key: 1 }, named)).await?;
         }
-        self.ensure_plain(&self.tools, "server").await
+        // Only jobs have the field, and every worker looks for the active ones again and again.
+        self.ensure_plain(&self.documents(store::Collection::Jobs), ACTIVE).await
     }
 
     /// An index that only makes searching fast, with the name of its field as mcp-api does it. One that
@@ -58,30 +63,39 @@ impl Database {
             _ => Ok(()),
         }
     }
+}
 
-    /// Of several rows for one secret the newest stays, which is also the one that mcp-api reads.
-    async fn resolve_duplicates(&self) -> Result<(), Failure> {
-        let fields = doc! { "username": 1, "key": 1, "server": 1 };
-        let rows =
-            collect(self.secrets.find(doc! {}).projection(fields).sort(doc! { "_id": 1 }).await?).await?;
-        let mut newest: BTreeMap<[String; 3], Bson> = BTreeMap::new();
-        for row in rows {
-            let row = Document::try_from(&row)
-                .map_err(|_| StoreError::Corrupt { what: "a row of the secrets".to_owned() })?;
-            let part = |field: &str| row.get(field).map_or_else(String::new, |value| format!("{value:?}"));
-            let id = row.get("_id").cloned().unwrap_or(Bson::Null);
-            let Some(older) = newest.insert([part("username"), part("key"), part("server")], id) else {
-                continue;
-            };
-            tracing::warn!(
-                secret.user = ?row.get_str("username").unwrap_or_default(),
-                secret.key = ?row.get_str("key").unwrap_or_default(),
-                "a secret was stored twice: the older value is removed"
-            );
-            self.secrets.delete_one(doc! { "_id": { "$eq": older } }).await?;
+/// An index of which a collection can have only one row for each key. The rows that stand in its way go.
+async fn ensure_unique(rows: &Collection<RawDocumentBuf>, index: IndexModel) -> Result<(), Failure> {
+    for _ in 0..ATTEMPTS {
+        match rows.create_index(index.clone()).await {
+            Ok(_) => break,
+            Err(error) if is_duplicate(&error) => resolve_duplicates(rows, &index).await?,
+            Err(error) => return Err(error.into()),
         }
-        Ok(())
     }
+    Ok(())
+}
+
+/// Of several rows for one key the newest stays. Of secrets that is also the one that mcp-api reads.
+async fn resolve_duplicates(rows: &Collection<RawDocumentBuf>, index: &IndexModel) -> Result<(), Failure> {
+    let condition = index.options.as_ref().and_then(|options| options.partial_filter_expression.clone());
+    let found = rows.find(condition.unwrap_or_default()).projection(index.keys.clone());
+    let mut newest: BTreeMap<Vec<String>, Bson> = BTreeMap::new();
+    for row in collect(found.sort(doc! { "_id": 1 }).await?).await? {
+        let row = Document::try_from(&row)
+            .map_err(|_| StoreError::Corrupt { what: format!("a row of {}", rows.name()) })?;
+        let part = |field: &String| row.get(field).map_or_else(String::new, |value| format!("{value:?}"));
+        let key: Vec<String> = index.keys.keys().map(part).collect();
+        let id = row.get("_id").cloned().unwrap_or(Bson::Null);
+        let Some(older) = newest.insert(key.clone(), id) else { continue };
+        tracing::warn!(
+            row.collection = rows.name(), row.key = ?key,
+            "a row was stored twice: the older one is removed"
+        );
+        rows.delete_one(doc! { "_id": { "$eq": older } }).await?;
+    }
+    Ok(())
 }
 
 fn index(name: &str, keys: Document, mut options: IndexOptions) -> IndexModel {

@@ -234,9 +234,9 @@ pub(super) fn exactly(value: Option<&Bson>) -> Document {
     }
 }
 
-/// A number from which revisions count up. It is drawn, so that none of a deleted server fits a later
-/// one, and below 2^52, so that JavaScript does not change it.
-fn first_revision() -> Result<i64, StoreError> {
+/// A number from which revisions count up. It is drawn, so that none of a deleted document fits a
+/// later one, and below 2^52, so that JavaScript does not change it.
+pub(super) fn first_revision() -> Result<i64, StoreError> {
     let drawn = getrandom::u64().map_err(|_| unavailable("the system gives no random numbers"))?;
     Ok(i64::try_from(drawn >> 13).unwrap_or_default() + 1)
 }

@@ -2,6 +2,7 @@ use super::*;
 use crate::testing::services::shared_mongo;
 
 mod faults;
+mod generic;
 mod legacy;
 
 /// A database of a test's own. It is dropped at the end of the test.
