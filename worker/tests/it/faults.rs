@@ -8,7 +8,10 @@ use std::sync::{
 use async_trait::async_trait;
 use mcp_shared::{
     ids::{SecretName, ServerName, UserId},
-    store::{Fact, Lease, Revision, SealedSecret, SealedServer, Store, StoreError, StoredTools, Versioned},
+    store::{
+        Collection, Document, Fact, Lease, Revision, SealedSecret, SealedServer, Store, StoreError,
+        StoredTools, Versioned,
+    },
 };
 use tokio::sync::watch;
 
@@ -160,6 +163,53 @@ impl Store for Faulty {
         self.leases.fetch_add(1, Ordering::AcqRel);
         let lease = lease.clone();
         self.pass(|store| async move { store.release_lease(&lease).await }).await
+    }
+
+    async fn documents(
+        &self,
+        collection: Collection,
+        active: bool,
+    ) -> Result<Vec<Versioned<Document>>, StoreError> {
+        self.pass(move |store| async move { store.documents(collection, active).await }).await
+    }
+
+    async fn document(
+        &self,
+        collection: Collection,
+        key: &str,
+    ) -> Result<Option<Versioned<Document>>, StoreError> {
+        let key = key.to_owned();
+        self.pass(move |store| async move { store.document(collection, &key).await }).await
+    }
+
+    async fn insert_document(
+        &self,
+        collection: Collection,
+        document: &Document,
+    ) -> Result<Revision, StoreError> {
+        let document = document.clone();
+        self.pass(move |store| async move { store.insert_document(collection, &document).await }).await
+    }
+
+    async fn replace_document(
+        &self,
+        collection: Collection,
+        document: &Document,
+        expected: Revision,
+    ) -> Result<Revision, StoreError> {
+        let document = document.clone();
+        self.pass(move |store| async move { store.replace_document(collection, &document, expected).await })
+            .await
+    }
+
+    async fn delete_document(
+        &self,
+        collection: Collection,
+        key: &str,
+        expected: Option<Revision>,
+    ) -> Result<bool, StoreError> {
+        let key = key.to_owned();
+        self.pass(move |store| async move { store.delete_document(collection, &key, expected).await }).await
     }
 
     async fn put_once(&self, fact: Fact, key: &str, value: &str) -> Result<String, StoreError> {
