@@ -291,7 +291,8 @@ impl App {
                 Err(problem) => known.error = Some(problem.into_parts().1),
             }
         }
-        let answers = self.latest.look_up(self.worker.as_ref(), &queries).await;
+        let ask = |queries| self.worker.latest(queries);
+        let answers = self.latest.look_up(&queries, ask).await;
         join_all(asked.into_iter().zip(answers).map(|(known, latest)| self.note(known, latest))).await;
     }
 
