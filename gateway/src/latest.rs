@@ -107,7 +107,7 @@ mod tests {
         // What is known is not asked for again, and what failed is.
         let answers = latest
             .look_up(&[one.clone(), two.clone()], async |asked| {
-                assert_eq!(asked, [two.clone()]);
+                assert_eq!(asked, std::slice::from_ref(&two));
                 Err(WorkerError::new(ErrorCode::NoWorker, "nobody"))
             })
             .await;

@@ -177,7 +177,7 @@ async fn a_package_of_python_lives_its_life() {
     assert_eq!(package(&api, "tick").await["pipDependencies"], json!(["tick-dep<2"]));
     // A console script by the path that the documentation names, and by its name alone.
     for (server, command) in
-        [("by-path", "/app/packages/python/by-path/bin/tick-tock"), ("by-name", "tick-tock")]
+        [("by-path", "/app/packages/python/by-path/bin/tick-tock"), ("by-script", "tick-tock")]
     {
         let body = json!({
             "name": "tick-tock", "serverName": server, "runtime": "python", "pythonModule": "tick_tock", "command": command,
@@ -185,7 +185,7 @@ async fn a_package_of_python_lives_its_life() {
         install(&api, body).await.ok();
         assert_eq!(version(&api, server).await, "1.1");
     }
-    for server in ["tick", "by-path", "by-name"] {
+    for server in ["tick", "by-path", "by-script"] {
         api.delete(&format!("/packages/{server}")).await.ok();
         no_trace(&api, server, 1).await;
     }
