@@ -10,6 +10,7 @@ use std::{
 };
 
 use mcp_shared::error::{ErrorCode, WorkerError};
+use nix::{sys::signal::killpg, unistd::Pid};
 use tokio::{
     io::{AsyncRead, AsyncReadExt},
     time::{Instant, sleep, sleep_until, timeout},
@@ -28,6 +29,8 @@ const CACHE: &str = ".cache";
 const LOOK: Duration = Duration::from_secs(1);
 /// How long a killed process may take to be gone.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often a killed group is looked for.
+const LOOK_FOR_GROUP: Duration = Duration::from_millis(5);
 /// How long the output of an ended process may still be read.
 const LAST_OUTPUT: Duration = Duration::from_secs(1);
 /// How long a program may take that only says something.
@@ -99,16 +102,34 @@ impl<'a> Order<'a> {
         Ok(Self { environment, folder, work, bounds, deadline, owns_folder: true })
     }
 
-    /// Removes what was needed only meanwhile. Of a folder that failed everything goes anyway.
+    /// Removes what was needed only meanwhile, and looks at what stays: a quick program may have made too
+    /// much of it between two looks. Of a folder that failed everything goes anyway.
     pub(super) async fn finish<T>(&self, result: Result<T, WorkerError>) -> Result<T, WorkerError> {
-        if result.is_ok() {
-            for inner in [TEMPORARY, CACHE] {
-                if let Err(error) = tokio::fs::remove_dir_all(self.folder.join(inner)).await {
-                    tracing::debug!(%error, "what an installation needed meanwhile was not removed");
-                }
+        let done = result?;
+        for inner in [TEMPORARY, CACHE] {
+            if let Err(error) = tokio::fs::remove_dir_all(self.folder.join(inner)).await {
+                tracing::debug!(%error, "what an installation needed meanwhile was not removed");
             }
         }
-        result
+        let usage = self.usage().await.unwrap_or_default();
+        self.too_large(usage).map_or(Ok(done), Err)
+    }
+
+    /// What is in the folder.
+    async fn usage(&self) -> Option<usage::Usage> {
+        let (folder, most) = (self.folder.to_owned(), self.bounds.files);
+        tokio::task::spawn_blocking(move || usage::measure(&folder, most)).await.ok()
+    }
+
+    fn too_large(&self, usage: usage::Usage) -> Option<WorkerError> {
+        let (bytes, files) = (self.bounds.bytes, self.bounds.files);
+        let megabytes = bytes / (1024 * 1024);
+        (usage.bytes > bytes || usage.files > files).then(|| {
+            WorkerError::new(
+                ErrorCode::InstallTooLarge,
+                format!("The installation has more than {megabytes} MiB or {files} files"),
+            )
+        })
     }
 
     /// Where downloads are kept meanwhile.
@@ -158,15 +179,15 @@ impl<'a> Order<'a> {
             stopped = self.watch(&output) => Err(stopped),
             exit = follow(&mut child, streams, &output) => Ok(exit),
         };
+        if outcome.is_err() {
+            child.kill();
+        }
+        if timeout(KILL_TIMEOUT, all_gone(&mut child)).await.is_err() {
+            tracing::error!(pid = child.pid, "a package manager could not be ended");
+        }
         match outcome {
             Ok(exit) => Ok(output.end(exit)),
-            Err(error) => {
-                child.kill();
-                if timeout(KILL_TIMEOUT, child.exited()).await.is_err() {
-                    tracing::error!(pid = child.pid, "a package manager could not be ended");
-                }
-                Err(errors::with_words(error, &output.end(Exit::Lost).said))
-            }
+            Err(error) => Err(errors::with_words(error, &output.end(Exit::Lost).said)),
         }
     }
 
@@ -190,17 +211,11 @@ impl<'a> Order<'a> {
         loop {
             sleep(pause).await;
             let began = Instant::now();
-            let (folder, most) = (self.folder.to_owned(), self.bounds.files);
-            let usage = tokio::task::spawn_blocking(move || usage::measure(&folder, most)).await;
+            let usage = self.usage().await.unwrap_or(known);
             // Looking at many files takes time, which the program needs too.
             pause = look.max(began.elapsed() * 10);
-            let usage = usage.unwrap_or(known);
-            if usage.bytes > self.bounds.bytes || usage.files > self.bounds.files {
-                let (megabytes, files) = (self.bounds.bytes / (1024 * 1024), self.bounds.files);
-                return WorkerError::new(
-                    ErrorCode::InstallTooLarge,
-                    format!("The installation has more than {megabytes} MiB or {files} files"),
-                );
+            if let Some(error) = self.too_large(usage) {
+                return error;
             }
             if usage != known {
                 (known, changed) = (usage, Instant::now());
@@ -228,6 +243,16 @@ pub(super) async fn ask(
 
 fn cancelled() -> WorkerError {
     WorkerError::new(ErrorCode::Cancelled, "The installation was cancelled")
+}
+
+/// Waits until a program and all of its group are gone: what was killed may still be about to write a file
+/// into the folder, which the caller removes.
+async fn all_gone(child: &mut Child) {
+    child.exited().await;
+    let Ok(group) = i32::try_from(child.pid).map(Pid::from_raw) else { return };
+    while killpg(group, None).is_ok() {
+        sleep(LOOK_FOR_GROUP).await;
+    }
 }
 
 /// Reads what a program writes until it ends.
@@ -351,5 +376,6 @@ impl Written {
 
 /// Whether a line of npm's only says that the registry, or the cache, gave what was asked for.
 fn is_request(line: &str) -> bool {
-    line.starts_with("npm http ") && (line.contains(" GET 200 ") || line.contains("(cache "))
+    let answered = |status: &str| line.starts_with("npm http fetch ") && line.contains(status);
+    line.starts_with("npm http cache ") || answered(" 200 ") || answered(" 304 ")
 }

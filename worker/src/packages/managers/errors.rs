@@ -45,6 +45,12 @@ fn is_noise(line: &str) -> bool {
         || text.starts_with("A complete log of this run")
         || text.starts_with("Log files were not written")
         || text.starts_with("You can rerun the command with `--loglevel")
+        // It only suggests what is not allowed here.
+        || text.starts_with("404 Note that you can also install")
+        || text.starts_with("404 tarball, folder, http url")
+        || text == "404"
+        || text.starts_with("WARNING: pip index is currently an experimental")
+        || (text.starts_with("npm warn Unknown ") && text.contains(" config "))
 }
 
 /// A file of ours could not be written or read.
@@ -83,8 +89,8 @@ pub(super) fn npm(asked: &Asked<'_>, ran: &Ran) -> WorkerError {
         _ if any("EFBIG") => {
             WorkerError::new(ErrorCode::InstallTooLarge, format!("A file of {label} is too large"))
         }
-        "E404" => asked.missing(npm_subject(&ran.said, '@'), ErrorCode::PackageNotFound),
-        "ETARGET" | "ENOVERSIONS" => asked.missing(npm_subject(&ran.said, '@'), ErrorCode::VersionNotFound),
+        "E404" => asked.missing(npm_subject(&ran.said), ErrorCode::PackageNotFound),
+        "ETARGET" | "ENOVERSIONS" => asked.missing(npm_subject(&ran.said), ErrorCode::VersionNotFound),
         "EINTEGRITY" | "TAR_BAD_ARCHIVE" | "Z_DATA_ERROR" | "ESHASUM" => integrity(&label),
         "E401" | "E403" | "ENEEDAUTH" => failed(format!("The registry refused access to {label}")),
         "EALLOWGIT" | "EALLOWREMOTE" | "EALLOWFILE" | "EALLOWDIRECTORY" => failed(format!(
@@ -133,21 +139,27 @@ fn is_certificate(code: &str) -> bool {
     code.contains("CERT") || code.starts_with("UNABLE_TO_")
 }
 
-/// The name in `'NAME@VERSION'` or `NAME@VERSION.` of npm's sentences, or in the address of a file.
-fn npm_subject(said: &[String], separator: char) -> Option<String> {
-    said.iter().find_map(|line| {
-        let text = if let Some((_, rest)) = line.split_once("No matching version found for ") {
-            rest
-        } else if let Some((_, rest)) = line.split_once("The requested resource '") {
-            rest
-        } else if let Some((_, rest)) = line.split_once("404  '") {
-            rest
-        } else {
-            return None;
-        };
+/// The name in `'NAME@VERSION'` or `NAME@VERSION.` of npm's sentences, or else in the address that it asked.
+fn npm_subject(said: &[String]) -> Option<String> {
+    const BEFORE: [&str; 3] = ["No matching version found for ", "The requested resource '", "404  '"];
+    let named = said.iter().find_map(|line| {
+        let text = BEFORE.iter().find_map(|before| Some(line.split_once(before)?.1))?;
         // The first character may be a scope's.
-        let end = text.char_indices().skip(1).find(|(_, c)| *c == separator || *c == '\'')?.0;
+        let end = text.char_indices().skip(1).find(|(_, c)| matches!(c, '@' | '\''))?.0;
         Some(text[..end].to_owned())
+    });
+    named.or_else(|| {
+        said.iter().find_map(|line| {
+            let (_, address) = line.split_once("404 Not Found - GET ")?;
+            let address = url::Url::parse(address.split_whitespace().next()?).ok()?;
+            let path = address.path().replace("%2f", "/").replace("%2F", "/");
+            let mut parts = path.split("/-/").next()?.rsplit('/');
+            let name = parts.next().filter(|name| !name.is_empty())?;
+            match parts.next().filter(|scope| scope.starts_with('@')) {
+                Some(scope) => Some(format!("{scope}/{name}")),
+                None => Some(name.to_owned()),
+            }
+        })
     })
 }
 
@@ -223,7 +235,7 @@ fn python_subject(said: &[String]) -> Option<(String, bool)> {
         let name = text[..end.unwrap_or(text.len())].trim_end_matches('.');
         (!name.is_empty()).then(|| name.to_owned())
     };
-    said.iter().find_map(|line| {
+    let missing = said.iter().find_map(|line| {
         if let Some((_, rest)) = line.split_once("that satisfies the requirement ") {
             return Some((name(rest)?, !rest.contains("(from versions: none)")));
         }
@@ -236,6 +248,11 @@ fn python_subject(said: &[String]) -> Option<(String, bool)> {
         let (before, _) = line.split_once(" is available").or_else(|| line.split_once(" are available"))?;
         let (_, rest) = before.split_once("only ")?;
         Some((name(rest)?, true))
+    });
+    missing.or_else(|| {
+        let (_, rest) =
+            said.iter().find_map(|line| line.split_once("No matching distribution found for "))?;
+        Some((name(rest)?, false))
     })
 }
 
