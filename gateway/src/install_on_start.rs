@@ -8,7 +8,7 @@ use mcp_shared::{
     config::InstallOnStart,
     error::WorkerError,
     package::{Job, JobKind},
-    store::{Fact, StoreError},
+    store::{Fact, INSTALLED_ON_START as ORDERED, StoreError},
     vault::VaultError,
 };
 use serde_json::json;
@@ -24,8 +24,6 @@ use crate::{
     },
 };
 
-/// The fact that all of it was ordered.
-const ORDERED: &str = "install-on-start";
 /// What the ids of these jobs end with. Nodes that start together make the same one.
 const MARK: &str = "on-start";
 /// How long to wait before trying again when the store is away.

@@ -105,6 +105,11 @@ impl Fact {
     }
 }
 
+/// The fact that what is installed on the first start was ordered.
+pub const INSTALLED_ON_START: &str = "install-on-start";
+/// What the fact begins with that the package of a server was removed; the server's name follows.
+pub const UNINSTALLED: &str = "uninstalled:";
+
 /// Documents of ours that have a key and a revision, and no more structure for the store than that.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Collection {

@@ -399,7 +399,12 @@ impl Vault {
     /// The jobs, or only those that are queued or running.
     pub async fn jobs(&self, active: bool) -> Result<Vec<Versioned<Job>>, VaultError> {
         let stored = self.store.documents(Collection::Jobs, active).await?;
-        Ok(stored.into_iter().filter_map(|stored| self.open_job(readable("a job", stored)?).ok()).collect())
+        let open = |stored| {
+            self.open_job(readable("a job", stored)?)
+                .inspect_err(|error| tracing::error!(%error, "a job is left out"))
+                .ok()
+        };
+        Ok(stored.into_iter().filter_map(open).collect())
     }
 
     /// The job of a server.

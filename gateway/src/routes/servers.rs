@@ -8,7 +8,7 @@ use mcp_shared::{
     error::{ErrorCode, WorkerError, shorten},
     ids::{ServerName, UserId},
     server::ServerRecord,
-    store::{Fact, StoreError},
+    store::{Fact, StoreError, UNINSTALLED},
     vault::{Vault, VaultError},
     worker_api::{Change, ServerReport},
 };
@@ -263,7 +263,7 @@ async fn removed(vault: &Vault, name: &ServerName) -> Result<bool, VaultError> {
 
 /// The fact that a server's package was removed by somebody.
 pub fn uninstalled(name: &ServerName) -> String {
-    format!("uninstalled:{name}")
+    format!("{UNINSTALLED}{name}")
 }
 
 /// Lets the record of a server's package say whether the server may run. The server's own record is what

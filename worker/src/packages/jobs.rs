@@ -14,7 +14,7 @@ use mcp_shared::{
     error::{ErrorCode, WorkerError},
     ids::{ServerName, WorkerId},
     limits,
-    package::{Generation, Job, JobKind, JobState, PackageRecord, PackageRef, Runtime},
+    package::{Generation, Job, JobKind, JobState, PackageRecord, PackageRef, Runtime, names},
     server::{Isolation, Scaling, ServerRecord, Transport},
     store::{Revision, StoreError, Versioned},
     timestamp::Timestamp,
@@ -46,7 +46,14 @@ const ATTEMPTS: usize = 5;
 pub async fn serve(host: Arc<Host>, fleet: Arc<dyn WorkerApi>) {
     let runner = Arc::new(Runner { host, fleet, running: Mutex::default() });
     let packages = Arc::clone(&runner.host.packages);
+    let mut adopted = false;
     loop {
+        if !adopted {
+            match runner.adopt().await {
+                Ok(()) => adopted = true,
+                Err(error) => tracing::warn!(error.cause = %error, "packages cannot be read yet"),
+            }
+        }
         if !runner.host.draining.is_cancelled() {
             match runner.host.vault.jobs(true).await {
                 Ok(jobs) => jobs.into_iter().for_each(|job| Runner::consider(&runner, job)),
@@ -356,15 +363,50 @@ impl Runner {
             Err(error) => return Err(error.into()),
         }
         match vault.insert_package(record).await {
-            Ok(_) => Ok(()),
+            Ok(_) => {}
             Err(VaultError::Store(StoreError::AlreadyExists { .. })) => {
                 // What an earlier server of the name left behind.
-                let Some(stored) = vault.package(&job.server_name).await? else { return Err(Stop::Left) };
+                let stored = vault.package(&job.server_name).await?.ok_or_else(|| unknown(&server.name))?;
                 vault.replace_package(record, stored.revision).await?;
-                Ok(())
             }
-            Err(error) => Err(error.into()),
+            Err(error) => return Err(error.into()),
         }
+        // Somebody may have removed the server as soon as it was there.
+        if vault.server(&server.name).await?.is_none_or(|stored| stored.value.id != server.id) {
+            vault.delete_package(&server.name).await?;
+            return Err(unknown(&server.name).into());
+        }
+        Ok(())
+    }
+
+    /// Orders what brings packages that mcp-api installed to this fleet: the version that it had, with a
+    /// lock. Where that fails their servers stay as they are.
+    async fn adopt(&self) -> Result<(), VaultError> {
+        let vault = &self.host.vault;
+        for package in vault.packages().await? {
+            let package = package.value;
+            let server = &package.mcp_server_id;
+            if package.generation.is_some() || vault.job(server).await?.is_some() {
+                continue;
+            }
+            // mcp-api wrote the word that it was asked for, which is no version.
+            let version = (package.version != "latest").then(|| package.version.clone());
+            let valid = |version: &String| match package.runtime {
+                Runtime::Node => names::npm_name(&package.name) && names::npm_version(version),
+                Runtime::Python => names::python_name(&package.name) && names::python_version(version),
+            };
+            let none = String::from(if package.runtime == Runtime::Node { "latest" } else { "0" });
+            if vault.server(server).await?.is_none() || !valid(version.as_ref().unwrap_or(&none)) {
+                continue;
+            }
+            tracing::info!(server = %server, package.name = %package.name, "a package of mcp-api is installed here");
+            let job = Job::new(JobKind::Upgrade, server.clone(), package.spec(version), None);
+            match vault.insert_job(&job).await {
+                Ok(_) | Err(VaultError::Store(StoreError::AlreadyExists { .. })) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
     }
 
     /// Has the server run the new installation. What others changed about it meanwhile stays.

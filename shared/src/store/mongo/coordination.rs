@@ -8,7 +8,7 @@ use super::{
     documents::whole,
     failure::{Failure, is_duplicate},
 };
-use crate::store::{Fact, Lease, Revision, StoreError};
+use crate::store::{Fact, INSTALLED_ON_START, Lease, Revision, StoreError, UNINSTALLED};
 
 impl Database {
     pub(super) async fn read_lease(&self, name: &str) -> Result<Option<Lease>, Failure> {
@@ -114,11 +114,30 @@ impl Database {
 
     pub(super) async fn read_fact(&self, fact: Fact, key: &str) -> Result<Option<String>, Failure> {
         let facts = self.database.collection::<Document>(fact.collection());
-        let Some(found) = facts.find_one(doc! { "_id": { "$eq": key } }).await? else { return Ok(None) };
+        let Some(found) = facts.find_one(doc! { "_id": { "$eq": key } }).await? else {
+            return self.fact_of_mcp_api(fact, key).await;
+        };
         match found.get_str("value") {
             Ok(value) => Ok(Some(value.to_owned())),
             Err(_) => Err(StoreError::Corrupt { what: format!("{} {key}", fact.collection()) }.into()),
         }
+    }
+}
+
+impl Database {
+    /// What mcp-api notes in a document of its own: that it has installed what is installed on the first
+    /// start, and which of the packages its users have removed since.
+    async fn fact_of_mcp_api(&self, fact: Fact, key: &str) -> Result<Option<String>, Failure> {
+        let removed = key.strip_prefix(UNINSTALLED);
+        let filter = match (fact, removed) {
+            (Fact::AppState, Some(server)) => doc! {
+                "installedPackages": { "$elemMatch": { "serverName": { "$eq": server }, "uninstalled": true } },
+            },
+            (Fact::AppState, None) if key == INSTALLED_ON_START => doc! { "firstRunCompleted": true },
+            _ => return Ok(None),
+        };
+        let facts = self.database.collection::<Document>(fact.collection());
+        Ok(facts.find_one(filter).await?.map(|_| "mcp-api".to_owned()))
     }
 }
 
