@@ -2,7 +2,7 @@
 
 use std::{
     path::{Path, PathBuf},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use mcp_shared::testing::registry::{Fault, Registry, Wheel, node_server, python_server};
@@ -232,7 +232,6 @@ async fn what_cannot_be_installed_says_why_and_leaves_no_trace() {
         let mut body = body;
         body["serverName"] = "fails".into();
         let answer = install(&api, body.clone()).await;
-        println!("{body}: {}", answer.text);
         let answer = answer.fails(status, code).json();
         assert!(answer["jobId"].is_string(), "{answer}");
         no_trace(&api, "fails", 0).await;
@@ -304,6 +303,30 @@ async fn an_upgrade_that_fails_changes_nothing() {
         .await;
 }
 
+/// The new version cannot be tried beside the old one, so it takes its place, and the old one comes back.
+#[tokio::test]
+async fn a_singleton_goes_back_to_the_version_that_starts() {
+    let registry = registry();
+    let api = from(&registry).start().await;
+    let body =
+        json!({"name": "@acme/clock", "version": "1.0.0", "serverName": "clock", "scaling": "singleton"});
+    install(&api, body).await.ok();
+    registry.add_npm("@acme/clock", "2.0.0", &[("cli.js", "process.exit(1)")], r#"{"bin": "cli.js"}"#);
+    api.put("/packages/clock/upgrade", Some(&json!({"version": "2.0.0"})))
+        .await
+        .fails(422, "not_an_mcp_server");
+    eventually("the old version is back", async || {
+        api.call("clock", "version", json!({})).await.status == 200
+    })
+    .await;
+    assert_eq!(
+        (version(&api, "clock").await, package_of(&api).await["version"].clone()),
+        ("1.0.0".into(), "1.0.0".into())
+    );
+    api.put("/packages/clock/upgrade", Some(&json!({"version": "1.1.0"}))).await.ok();
+    assert_eq!(version(&api, "clock").await, "1.1.0");
+}
+
 #[tokio::test]
 async fn servers_of_one_package_have_their_own_versions() {
     let registry = registry();
@@ -359,7 +382,6 @@ async fn an_upgrade_fails_no_call() {
     let registry = registry();
     let api = from(&registry).start().await;
     install(&api, json!({"name": "@acme/clock", "serverName": "clock"})).await.ok();
-    let start = Instant::now();
     let over = tokio_util::sync::CancellationToken::new();
     // Fifty calls a second, whether or not the earlier ones are answered.
     let calls = async {
@@ -392,7 +414,6 @@ async fn an_upgrade_fails_no_call() {
     for answer in last {
         answer.tool_text();
     }
-    println!("three upgrades in {:?}", start.elapsed());
 }
 
 #[tokio::test]

@@ -224,11 +224,6 @@ impl Folders {
         }
     }
 
-    /// A folder for what package managers want to keep between installations.
-    pub fn cache(&self) -> PathBuf {
-        self.root.join(".cache")
-    }
-
     fn place_of(&self, documented: &str) -> PathBuf {
         match documented.strip_prefix("packages/") {
             Some(rest) => self.root.join(rest),

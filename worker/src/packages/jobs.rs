@@ -7,38 +7,33 @@
 use std::{
     collections::HashSet,
     sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
-    time::Duration,
 };
 
 use mcp_shared::{
     error::{ErrorCode, WorkerError},
-    ids::{ServerName, WorkerId},
+    ids::{ServerName, UserId},
     limits,
-    package::{Generation, Job, JobKind, JobState, PackageRecord, PackageRef, Runtime, names},
+    package::{Job, JobKind, JobState, PackageRecord, PackageRef, Runtime},
     server::{Isolation, Scaling, ServerRecord, Transport},
-    store::{Revision, StoreError, Versioned},
+    store::{StoreError, Versioned},
     timestamp::Timestamp,
-    vault::{Vault, VaultError},
-    worker_api::{Change, WorkerApi},
+    vault::VaultError,
+    worker_api::{Change, ServerStatus, WorkerApi},
 };
-use tokio::{
-    sync::Notify,
-    time::{Instant, sleep},
-};
-use tokio_util::sync::CancellationToken;
+use tokio::time::{Instant, sleep};
 
-use super::{
-    folders::Installed,
-    managers::{Say, Work},
-};
+use super::{folders::Installed, managers::Work};
 use crate::{
     host::Host,
     instance::{Instance, Launch},
     logs::Log,
 };
 
-/// How often what was said is written to the store.
-const TELL: Duration = Duration::from_millis(500);
+mod progress;
+mod upkeep;
+
+use progress::Progress;
+
 /// How often a record is tried again that others change at the same time.
 const ATTEMPTS: usize = 5;
 
@@ -217,16 +212,19 @@ impl Runner {
         };
         let (transport, entry) =
             self.transport(&job, &old.transport, before.as_ref(), &installed, &reference)?;
-        let mut server = old;
+        let mut server = old.clone();
         server.transport = transport;
         server.package = Some(reference.clone());
-        if server.enabled && needs_no_user(&server) {
+        // Of what may run only once, none is started beside the one that runs.
+        let alone = job.kind == JobKind::Upgrade && server.scaling == Scaling::Singleton;
+        if server.enabled && !alone && (server.isolation == Isolation::Shared || server.secret_env.is_empty())
+        {
             progress.phase("starting").await?;
             self.probe(&server, &installed, progress).await?;
         }
 
         progress.phase("registering").await?;
-        let mut record = match before {
+        let mut record = match before.clone() {
             Some(mut record) => {
                 record.last_upgraded = Some(Timestamp::now());
                 record
@@ -253,8 +251,25 @@ impl Runner {
         self.host.vault.put_lock(&lock).await?;
         progress.phase("switching").await?;
         self.announce(&job.server_name).await;
+        if let Some(before) = before.filter(|_| alone && server.enabled) {
+            self.confirm(&old, &before).await?;
+        }
         drop(installed);
         Ok(lock.version)
+    }
+
+    /// Waits until a server that could not be tried beside the old one runs, and goes back if it does not.
+    async fn confirm(&self, old: &ServerRecord, before: &PackageRecord) -> Result<(), Stop> {
+        let report = self.fleet.start_server(&UserId::default(), &old.name).await?;
+        if report.status != ServerStatus::Error {
+            return Ok(());
+        }
+        self.switch(old, before).await?;
+        self.announce(&old.name).await;
+        let text =
+            format!("Server {} does not start with the new version; it has the old one again", old.name);
+        let error = WorkerError::new(ErrorCode::NotAnMcpServer, text);
+        Err(error.with("serverName", old.name.as_str()).with("logs", report.logs).into())
     }
 
     async fn is_done(&self, job: &Job) -> Result<bool, Stop> {
@@ -379,36 +394,6 @@ impl Runner {
         Ok(())
     }
 
-    /// Orders what brings packages that mcp-api installed to this fleet: the version that it had, with a
-    /// lock. Where that fails their servers stay as they are.
-    async fn adopt(&self) -> Result<(), VaultError> {
-        let vault = &self.host.vault;
-        for package in vault.packages().await? {
-            let package = package.value;
-            let server = &package.mcp_server_id;
-            if package.generation.is_some() || vault.job(server).await?.is_some() {
-                continue;
-            }
-            // mcp-api wrote the word that it was asked for, which is no version.
-            let version = (package.version != "latest").then(|| package.version.clone());
-            let valid = |version: &String| match package.runtime {
-                Runtime::Node => names::npm_name(&package.name) && names::npm_version(version),
-                Runtime::Python => names::python_name(&package.name) && names::python_version(version),
-            };
-            let none = String::from(if package.runtime == Runtime::Node { "latest" } else { "0" });
-            if vault.server(server).await?.is_none() || !valid(version.as_ref().unwrap_or(&none)) {
-                continue;
-            }
-            tracing::info!(server = %server, package.name = %package.name, "a package of mcp-api is installed here");
-            let job = Job::new(JobKind::Upgrade, server.clone(), package.spec(version), None);
-            match vault.insert_job(&job).await {
-                Ok(_) | Err(VaultError::Store(StoreError::AlreadyExists { .. })) => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
-    }
-
     /// Has the server run the new installation. What others changed about it meanwhile stays.
     async fn switch(&self, next: &ServerRecord, record: &PackageRecord) -> Result<(), Stop> {
         let vault = &self.host.vault;
@@ -444,51 +429,6 @@ impl Runner {
             tracing::warn!(server = %server, %error, "not every worker was told of an installation");
         }
     }
-
-    /// Removes locks that no server has, what was made of them, and old news of servers that do not exist.
-    async fn tidy(&self) {
-        let vault = &self.host.vault;
-        let forget = async {
-            let locks = vault.locks().await?;
-            let jobs = vault.jobs(true).await?;
-            let kept: HashSet<Generation> = kept(vault).await?;
-            let over = Timestamp::now().millis() - i64::try_from(limits::JOB_MEMORY.as_millis()).unwrap_or(0);
-            for job in vault.jobs(false).await? {
-                let old = job.value.finished.is_some_and(|finished| finished.millis() < over);
-                if old && vault.server(&job.value.server_name).await?.is_none() {
-                    vault.delete_job(&job.value.server_name, job.revision).await?;
-                }
-            }
-            // What a job has just resolved is not in a record yet.
-            if jobs.is_empty() {
-                for generation in locks.iter().filter(|generation| !kept.contains(generation)) {
-                    vault.delete_lock(generation).await?;
-                }
-            }
-            Ok::<_, VaultError>(kept)
-        };
-        match forget.await {
-            Ok(kept) => self.host.packages.sweep(kept).await,
-            Err(error) => {
-                tracing::warn!(error.cause = %error, "what nothing runs any more was not removed yet");
-            }
-        }
-    }
-}
-
-/// The installations that servers have.
-pub async fn kept(vault: &Vault) -> Result<HashSet<Generation>, VaultError> {
-    let servers = vault.servers().await?;
-    let of_servers = servers.into_iter().filter_map(|server| Some(server.value.package?.generation));
-    let packages = vault.packages().await?;
-    let of_packages = packages.into_iter().filter_map(|package| package.value.generation);
-    Ok(of_servers.chain(of_packages).collect())
-}
-
-fn needs_no_user(server: &ServerRecord) -> bool {
-    // Of what may run only once, none is started beside the one that runs.
-    server.scaling != Scaling::Singleton
-        && (server.isolation == Isolation::Shared || server.secret_env.is_empty())
 }
 
 fn new_record(job: &Job, server: &ServerRecord) -> PackageRecord {
@@ -524,253 +464,6 @@ fn new_record(job: &Job, server: &ServerRecord) -> PackageRecord {
 fn unknown(server: &ServerName) -> WorkerError {
     let text = format!("Package {server} not found");
     WorkerError::new(ErrorCode::PackageNotFound, text).with("serverName", server.as_str())
-}
-
-/// A job that this worker is at.
-struct Progress {
-    host: Arc<Host>,
-    job: Mutex<Told>,
-    /// Held while the store is asked.
-    revision: tokio::sync::Mutex<Revision>,
-    /// Something was said that is not in the store yet.
-    said: Notify,
-    /// The job is another's, or the worker stops.
-    cancelled: CancellationToken,
-    /// The work is over.
-    ended: CancellationToken,
-}
-
-struct Told {
-    job: Job,
-    /// The store has it as it is here.
-    written: bool,
-}
-
-impl Progress {
-    /// Makes a job this worker's; `None` if another one was faster or it has failed often enough.
-    async fn claim(host: &Arc<Host>, stored: Versioned<Job>) -> Option<Arc<Self>> {
-        let mut job = stored.value;
-        let lost = job.owner.take().filter(|_| job.state == JobState::Running);
-        if let Some(worker) = &lost {
-            job.note(format!("{worker} was lost; what it had begun is begun again"));
-        }
-        job.attempts += 1;
-        job.state = JobState::Running;
-        job.owner = Some(host.worker_id.clone());
-        job.updated = Timestamp::now();
-        job.not_before = None;
-        let spent = job.attempts > limits::INSTALL_ATTEMPTS;
-        if spent {
-            let text = format!(
-                "The job was begun {} times, and each time its worker was lost",
-                limits::INSTALL_ATTEMPTS
-            );
-            close(&mut job, Err(WorkerError::new(ErrorCode::InstallFailed, text)));
-        }
-        let revision = match host.vault.replace_job(&job, stored.revision).await {
-            Ok(revision) => revision,
-            Err(VaultError::Store(StoreError::Conflict | StoreError::NotFound)) => return None,
-            Err(error) => {
-                tracing::warn!(job = %job.id, error.cause = %error, "a job was not taken");
-                return None;
-            }
-        };
-        if spent {
-            return None;
-        }
-        tracing::info!(job = %job.id, attempt = job.attempts, "a job was taken");
-        Some(Arc::new(Self {
-            cancelled: host.stopping.child_token(),
-            ended: CancellationToken::new(),
-            host: Arc::clone(host),
-            job: Mutex::new(Told { job, written: true }),
-            revision: tokio::sync::Mutex::new(revision),
-            said: Notify::new(),
-        }))
-    }
-
-    fn job(&self) -> Job {
-        lock(&self.job).job.clone()
-    }
-
-    fn note(&self, line: String) {
-        let mut told = lock(&self.job);
-        told.job.note(line);
-        told.written = false;
-        self.said.notify_one();
-    }
-
-    /// Takes what package managers say.
-    fn say(self: &Arc<Self>) -> Say {
-        let progress = Arc::clone(self);
-        Arc::new(move |line: &str| progress.note(line.to_owned()))
-    }
-
-    async fn phase(&self, phase: &str) -> Result<(), Stop> {
-        lock(&self.job).job.phase = phase.to_owned();
-        self.note(format!("{phase} ..."));
-        self.write().await
-    }
-
-    fn still_ours(&self) -> Result<(), Stop> {
-        if self.cancelled.is_cancelled() { Err(Stop::Left) } else { Ok(()) }
-    }
-
-    /// Writes what was said, every now and then, until the work is over.
-    async fn tell(&self) {
-        loop {
-            tokio::select! {
-                () = self.ended.cancelled() => return,
-                () = self.said.notified() => {}
-            }
-            let written = lock(&self.job).written;
-            if !written && self.write().await.is_err() {
-                return;
-            }
-            tokio::select! {
-                () = self.ended.cancelled() => return,
-                () = sleep(TELL) => {}
-            }
-        }
-    }
-
-    /// Writes the job as it is here. A job that is another's is left.
-    async fn write(&self) -> Result<(), Stop> {
-        let mut revision = self.revision.lock().await;
-        let job = {
-            let mut told = lock(&self.job);
-            told.job.updated = Timestamp::now();
-            told.written = true;
-            told.job.clone()
-        };
-        match self.host.vault.replace_job(&job, *revision).await {
-            Ok(new) => {
-                *revision = new;
-                Ok(())
-            }
-            Err(VaultError::Store(StoreError::Conflict)) if self.is_mine(&mut revision).await => Ok(()),
-            Err(VaultError::Store(StoreError::Conflict | StoreError::NotFound)) => {
-                self.cancelled.cancel();
-                Err(Stop::Left)
-            }
-            Err(error) => {
-                // The store may come back before the next step.
-                lock(&self.job).written = false;
-                tracing::warn!(job = %job.id, error.cause = %error, "a job was not written");
-                Ok(())
-            }
-        }
-    }
-
-    /// Whether the store still has the job as this worker's: a write whose answer was lost counts.
-    async fn is_mine(&self, revision: &mut Revision) -> bool {
-        let (server, id) = {
-            let told = lock(&self.job);
-            (told.job.server_name.clone(), told.job.id.clone())
-        };
-        match self.host.vault.job(&server).await {
-            Ok(Some(stored)) if stored.value.id == id && stored.value.owner.as_ref() == Some(self.me()) => {
-                *revision = stored.revision;
-                lock(&self.job).written = false;
-                self.said.notify_one();
-                true
-            }
-            _ => false,
-        }
-    }
-
-    fn me(&self) -> &WorkerId {
-        &self.host.worker_id
-    }
-
-    /// This worker stops: another one may begin the job at once.
-    async fn give_back(&self) {
-        {
-            let mut told = lock(&self.job);
-            let job = &mut told.job;
-            job.note(format!("{} stops; another worker begins again", self.me()));
-            job.state = JobState::Queued;
-            job.phase = "queued".to_owned();
-            job.owner = None;
-            job.attempts = job.attempts.saturating_sub(1);
-        }
-        let _ = self.write().await;
-    }
-
-    /// Ends the job, or has it begun again later.
-    async fn finish(&self, result: Result<String, WorkerError>) {
-        {
-            let mut told = lock(&self.job);
-            let job = &mut told.job;
-            match result {
-                Err(error) if may_pass(&error) && job.attempts < limits::INSTALL_ATTEMPTS => {
-                    let pause = limits::INSTALL_RETRY * job.attempts;
-                    job.note(format!(
-                        "failed: {}; it is begun again in {} s",
-                        error.message,
-                        pause.as_secs()
-                    ));
-                    job.state = JobState::Queued;
-                    job.phase = "waiting".to_owned();
-                    job.owner = None;
-                    job.not_before = Some(Timestamp::from_millis(
-                        Timestamp::now().millis() + i64::try_from(pause.as_millis()).unwrap_or(0),
-                    ));
-                    job.error = Some(error);
-                    let host = Arc::clone(&self.host);
-                    self.host.tasks.spawn(async move {
-                        tokio::select! {
-                            () = sleep(pause) => host.packages.wake(),
-                            () = host.stopping.cancelled() => {}
-                        }
-                    });
-                }
-                result => close(job, result),
-            }
-        }
-        for attempt in 0..ATTEMPTS {
-            let _ = self.write().await;
-            if lock(&self.job).written || self.cancelled.is_cancelled() {
-                return;
-            }
-            sleep(TELL * u32::try_from(attempt + 1).unwrap_or(1)).await;
-        }
-    }
-}
-
-/// Whether the same may succeed in a moment.
-fn may_pass(error: &WorkerError) -> bool {
-    matches!(
-        error.code,
-        ErrorCode::RegistryUnavailable
-            | ErrorCode::InstallTimeout
-            | ErrorCode::StoreUnavailable
-            | ErrorCode::Conflict
-    )
-}
-
-fn close(job: &mut Job, result: Result<String, WorkerError>) {
-    let now = Timestamp::now();
-    job.active = false;
-    job.updated = now;
-    job.finished = Some(now);
-    // The draft has become the server, or never will.
-    job.server = None;
-    match result {
-        Ok(version) => {
-            job.state = JobState::Done;
-            job.phase = "done".to_owned();
-            job.note(format!("version {version} is installed"));
-            job.version = Some(version);
-            job.error = None;
-        }
-        Err(error) => {
-            job.state = JobState::Failed;
-            job.phase = "failed".to_owned();
-            job.note(format!("failed: {}", error.message));
-            job.error = Some(error.with("jobId", job.id.as_str()));
-        }
-    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -6,6 +6,11 @@ use crate::{
     package::{JobKind, JobState, PackageSpec, Runtime},
     timestamp::Timestamp,
 };
+use crate::{
+    package::{Job, Lock, PackageRecord},
+    store::Collection,
+    vault::packages::write,
+};
 
 fn package(server: &str) -> PackageRecord {
     let document = json!({
