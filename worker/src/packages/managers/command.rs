@@ -362,7 +362,7 @@ impl Written {
             self.requests += 1;
             if self.counted.is_none_or(|counted| counted.elapsed() >= COUNT_EVERY) {
                 self.counted = Some(Instant::now());
-                say(&format!("npm: {} answers of the registry", self.requests));
+                say(&format!("npm: answers of the registry: {}", self.requests));
             }
             return;
         }

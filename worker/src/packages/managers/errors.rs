@@ -49,6 +49,7 @@ fn is_noise(line: &str) -> bool {
         || text.starts_with("404 Note that you can also install")
         || text.starts_with("404 tarball, folder, http url")
         || text == "404"
+        || text.starts_with("Looking in links:")
         || text.starts_with("WARNING: pip index is currently an experimental")
         || (text.starts_with("npm warn Unknown ") && text.contains(" config "))
 }
@@ -168,6 +169,7 @@ pub(super) fn python(asked: &Asked<'_>, ran: &Ran, log: &str) -> WorkerError {
     let any = |text: &str| ran.said.iter().any(|line| line.contains(text));
     let logged = |text: &str| log.contains(text);
     let label = asked.label();
+    let subject = python_subject(&ran.said);
     let unreachable = any("Request failed after")
         || any("error sending request")
         || any("HTTP status server error")
@@ -197,24 +199,18 @@ pub(super) fn python(asked: &Asked<'_>, ran: &Ran, log: &str) -> WorkerError {
     } else if unreachable {
         let certificate = any("peer certificate") || logged("CERTIFICATE_VERIFY_FAILED");
         unavailable(if certificate { "CERT" } else { "" })
-    } else if any("has no usable wheels")
-        || any("no wheels with a matching")
-        || logged("No sources permitted")
-    {
+    } else if needs_other_python(subject.as_ref(), &ran.said, log) {
+        failed(format!(
+            "{label} or something that it needs is for another version of Python than the worker's"
+        ))
+    } else if lacks_wheel(subject.as_ref(), &ran.said, log) {
         failed(format!(
             "{label} or something that it needs has no ready-made wheel for this system; `allowScripts` \
              lets it be built from its source, which runs the package's own code"
         ))
-    } else if any("require a different python version")
-        || any("does not satisfy Python")
-        || logged("Link requires a different Python")
-    {
-        failed(format!(
-            "{label} or something that it needs is for another version of Python than the worker's"
-        ))
-    } else if let Some((name, exists)) = python_subject(&ran.said) {
-        let code = if exists { ErrorCode::VersionNotFound } else { ErrorCode::PackageNotFound };
-        asked.missing(Some(name), code)
+    } else if let Some(subject) = subject {
+        let code = if subject.exists { ErrorCode::VersionNotFound } else { ErrorCode::PackageNotFound };
+        asked.missing(Some(subject.name), code)
     } else if any("ResolutionImpossible") || any("conflicting dependencies") || any("No solution found") {
         failed(format!("What {label} needs contradicts itself"))
     } else if any("ailed to build")
@@ -228,32 +224,89 @@ pub(super) fn python(asked: &Asked<'_>, ran: &Ran, log: &str) -> WorkerError {
     with_words(error, &ran.said)
 }
 
-/// Which package is missing, and whether other versions of it are there.
-fn python_subject(said: &[String]) -> Option<(String, bool)> {
-    let name = |text: &str| {
+/// A package that pip or uv did not find.
+struct Subject {
+    name: String,
+    /// The version that it had to be, as far as that is said.
+    version: Option<String>,
+    /// Whether other versions of it are there.
+    exists: bool,
+}
+
+/// Which package is missing.
+fn python_subject(said: &[String]) -> Option<Subject> {
+    let subject = |text: &str, exists: bool| {
         let end = text.find(|c: char| !c.is_ascii_alphanumeric() && !matches!(c, '-' | '_' | '.'));
-        let name = text[..end.unwrap_or(text.len())].trim_end_matches('.');
-        (!name.is_empty()).then(|| name.to_owned())
+        let (name, rest) = text.split_at(end.unwrap_or(text.len()));
+        let version = rest.strip_prefix("==").and_then(|version| version.split(' ').next());
+        let version = version.map(str::to_owned);
+        let name = name.trim_end_matches('.').to_owned();
+        (!name.is_empty()).then_some(Subject { name, version, exists })
     };
     let missing = said.iter().find_map(|line| {
         if let Some((_, rest)) = line.split_once("that satisfies the requirement ") {
-            return Some((name(rest)?, !rest.contains("(from versions: none)")));
+            return subject(rest, !rest.contains("(from versions: none)"));
         }
         if let Some((before, _)) = line.split_once(" was not found in the package registry") {
-            return Some((name(before.rsplit(' ').next()?)?, false));
+            return subject(before.rsplit(' ').next()?, false);
         }
         if let Some((_, rest)) = line.split_once("there is no version of ") {
-            return Some((name(rest)?, true));
+            return subject(rest, true);
         }
         let (before, _) = line.split_once(" is available").or_else(|| line.split_once(" are available"))?;
         let (_, rest) = before.split_once("only ")?;
-        Some((name(rest)?, true))
+        subject(rest, true)
     });
     missing.or_else(|| {
         let (_, rest) =
             said.iter().find_map(|line| line.split_once("No matching distribution found for "))?;
-        Some((name(rest)?, false))
+        subject(rest, false)
     })
+}
+
+/// Whether what is missing is there, but only as a source. Pip says that to its log alone, and there of
+/// everything that it did not take.
+fn lacks_wheel(subject: Option<&Subject>, said: &[String], log: &str) -> bool {
+    let uv = ["has no usable wheels", "no wheels with a matching"];
+    said.iter().any(|line| uv.iter().any(|text| line.contains(text)))
+        || subject.is_some_and(|subject| subject.passed_over(log, "No sources permitted"))
+}
+
+/// Whether what is missing is there, but for another Python.
+fn needs_other_python(subject: Option<&Subject>, said: &[String], log: &str) -> bool {
+    said.iter().any(|line| line.contains("does not satisfy Python"))
+        || subject.is_some_and(|subject| subject.passed_over(log, "Link requires a different Python"))
+}
+
+impl Subject {
+    /// Whether pip's log says that files were passed over for a reason which would have been what was
+    /// missing.
+    fn passed_over(&self, log: &str, reason: &str) -> bool {
+        let name = canonical(&self.name);
+        let passed = |line: &str| {
+            // `...: https://index/path/name-1.0-py3-none-any.whl (from ...)`
+            let file = line.split(": ").flat_map(|part| part.split(' ')).find(|part| part.contains("://"))?;
+            let file = file.split(['#', '?']).next()?.rsplit('/').next()?;
+            let (theirs, version) = match file.strip_suffix(".whl") {
+                Some(wheel) => {
+                    let mut parts = wheel.split('-');
+                    (parts.next()?, parts.next()?)
+                }
+                None => file.rsplit_once('-')?,
+            };
+            let version = [".tar.gz", ".zip", ".tar.bz2", ".tgz"]
+                .iter()
+                .find_map(|ending| version.strip_suffix(ending))
+                .unwrap_or(version);
+            let wanted = match &self.version {
+                Some(wanted) => wanted == version,
+                // Anything would have done, so all that there is was passed over.
+                None => !self.exists,
+            };
+            (wanted && canonical(theirs) == name).then_some(())
+        };
+        log.lines().filter(|line| line.contains(reason)).any(|line| passed(line).is_some())
+    }
 }
 
 impl Asked<'_> {

@@ -202,6 +202,8 @@ impl Managers {
             }
         };
         if ran.succeeded() {
+            // Which uv leaves there.
+            let _ = tokio::fs::remove_file(order.folder.join(".lock")).await;
             return Ok(());
         }
         let error = errors::python(&asked, &ran, &tools.log().await);

@@ -88,6 +88,14 @@ async fn what_the_registry_does_not_have() {
         plain(&bench, "orphan", "1.0", Wheel { requires: &["no-such-zz"], ..Wheel::default() });
         plain(&bench, "future", "1.0", Wheel { requires_python: Some(">=3.99"), ..Wheel::default() });
         plain(&bench, "source", "1.0", Wheel { source_only: true, ..Wheel::default() });
+        // As real registries are: there is a source of everything, and old versions are for old Pythons.
+        for version in ["1.0", "1.2"] {
+            plain(&bench, "plain", version, Wheel { source_only: true, ..Wheel::default() });
+        }
+        for version in ["0.8", "0.9"] {
+            let wheel = Wheel { requires_python: Some("<3"), ..Wheel::default() };
+            plain(&bench, "plain", version, wheel);
+        }
         plain(&bench, "against", "1.0", Wheel { requires: &["plain<1.1"], ..Wheel::default() });
         let with = |name: &str, dependency: &str| PackageSpec {
             pip_dependencies: Some(vec![dependency.to_owned()]),
