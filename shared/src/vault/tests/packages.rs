@@ -3,12 +3,9 @@
 use super::*;
 use crate::{
     ids::WorkerId,
-    package::{JobKind, JobState, PackageSpec, Runtime},
-    timestamp::Timestamp,
-};
-use crate::{
-    package::{Job, Lock, PackageRecord},
+    package::{Job, JobKind, JobState, Lock, PackageRecord, PackageSpec, Runtime},
     store::Collection,
+    timestamp::Timestamp,
     vault::packages::write,
 };
 
