@@ -327,6 +327,34 @@ async fn a_singleton_goes_back_to_the_version_that_starts() {
     assert_eq!(version(&api, "clock").await, "1.1.0");
 }
 
+/// The package of a remote server is there for its version; what runs is elsewhere.
+#[tokio::test]
+async fn a_package_may_be_of_a_remote_server() {
+    let registry = registry();
+    let api = from(&registry).start().await;
+    let body = json!({
+        "name": "@acme/clock", "version": "1.0.0", "serverName": "remote", "transportType": "streamable_http",
+        "url": "https://mcp.example.org/mcp", "headers": {"X-Custom": "value"}, "enabled": false,
+    });
+    let answer = install(&api, body).await.ok().json();
+    let expected = ("streamable_http", "https://mcp.example.org/mcp", "1.0.0");
+    let seen = |answer: &Value| {
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let server = &answer["server"];
+        (text(&server["transportType"]), text(&server["url"]), text(&answer["package"]["version"]))
+    };
+    let (transport, url, version) = seen(&answer);
+    assert_eq!((transport.as_str(), url.as_str(), version.as_str()), expected, "{answer}");
+    let upgraded = api.put("/packages/remote/upgrade", None).await.ok().json();
+    let (transport, url, version) = seen(&upgraded);
+    assert_eq!(
+        (transport.as_str(), url.as_str(), version.as_str()),
+        (expected.0, expected.1, "1.1.0"),
+        "{upgraded}"
+    );
+    assert_eq!(upgraded["server"]["headers"], json!({"X-Custom": "value"}), "{upgraded}");
+}
+
 #[tokio::test]
 async fn servers_of_one_package_have_their_own_versions() {
     let registry = registry();

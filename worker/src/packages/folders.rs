@@ -212,6 +212,15 @@ impl Folders {
         for folder in folders_in(&self.root.join(SCRATCH)) {
             remove_unused(&folder);
         }
+        for place in [GENERATIONS, SCRATCH] {
+            for entry in fs::read_dir(self.root.join(place)).into_iter().flatten().flatten() {
+                let folder = entry.path().with_extension("");
+                if entry.path().extension().is_some_and(|name| name == "lock") && !folder.exists() {
+                    // Of an installation that failed.
+                    remove_unused(&folder);
+                }
+            }
+        }
         let venvs = self.venvs.clone().unwrap_or_else(|| self.root.join("python"));
         for entry in [&self.root, &venvs].into_iter().filter_map(|folder| fs::read_dir(folder).ok()).flatten()
         {
@@ -286,7 +295,9 @@ fn remove_unused(folder: &Path) -> bool {
     // Without its marker it is none any more, however far this comes.
     let _ = fs::remove_file(folder.join(MARKER));
     let removed = fs::remove_dir_all(folder);
-    if let Err(error) = &removed {
+    if let Err(error) = &removed
+        && error.kind() != io::ErrorKind::NotFound
+    {
         tracing::warn!(path = %folder.display(), error.cause = %error, "a folder was not removed");
     }
     let _ = fs::remove_file(folder.with_extension("lock"));
@@ -400,6 +411,8 @@ mod tests {
             Err(WorkerError::new(ErrorCode::RegistryUnavailable, "gone"))
         });
         assert_eq!(failed.await.unwrap_err().code, ErrorCode::RegistryUnavailable);
+        folders.sweep(&HashSet::new());
+        assert_eq!(fs::read_dir(root.path().join(GENERATIONS)).unwrap().count(), 0);
         assert!(folders_in(&root.path().join(GENERATIONS)).is_empty());
         // A worker that died left something behind.
         let path = root.path().join(GENERATIONS).join(half.as_str());
