@@ -207,6 +207,11 @@ impl Registry {
         state.python.remove(name);
     }
 
+    /// Removes a file, but not what says that it is there.
+    pub fn remove_file(&self, path: &str) {
+        self.shared.state().files.remove(path).expect("the file exists");
+    }
+
     fn listen(&self, listener: TcpListener) {
         let handle = listener.try_clone().expect("a listener can be cloned");
         self.shared.state().listener = Some(handle);
@@ -253,7 +258,7 @@ impl Shared {
         let (status, kind, body) = self.state().find(&path, json);
         let length = body.len();
         let head = format!(
-            "HTTP/1.1 {status} x\r\ncontent-type: {kind}\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n"
+            "HTTP/1.1 {status} Answer\r\ncontent-type: {kind}\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n"
         );
         let _ = stream.write_all(head.as_bytes());
         if method != "HEAD" {

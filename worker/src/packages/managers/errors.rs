@@ -103,7 +103,9 @@ pub(super) fn npm(asked: &Asked<'_>, ran: &Ran) -> WorkerError {
         "EUSAGE" => failed(format!("The lock of {label} does not fit it")),
         "EACCES" | "EPERM" | "EROFS" => failed(format!("npm may not write the files of {label}")),
         code if is_network(code) => unavailable(code),
-        _ if any("npm error command failed") => failed(format!("A script of {label} failed")),
+        _ if any("npm error command failed") || any("npm ERR! command failed") => {
+            failed(format!("A script of {label} failed"))
+        }
         _ => failed(format!("npm could not install {label}{}", ending(ran.exit))),
     };
     with_words(error, &ran.said)
@@ -147,11 +149,12 @@ fn npm_subject(said: &[String]) -> Option<String> {
         let text = BEFORE.iter().find_map(|before| Some(line.split_once(before)?.1))?;
         // The first character may be a scope's.
         let end = text.char_indices().skip(1).find(|(_, c)| matches!(c, '@' | '\''))?.0;
-        Some(text[..end].to_owned())
+        // It may be the address of a file, of which more is known below.
+        Some(text[..end].to_owned()).filter(|name| !name.contains("://"))
     });
     named.or_else(|| {
         said.iter().find_map(|line| {
-            let (_, address) = line.split_once("404 Not Found - GET ")?;
+            let (_, address) = line.split_once(" 404 ")?.1.split_once(" - GET ")?;
             let address = url::Url::parse(address.split_whitespace().next()?).ok()?;
             let path = address.path().replace("%2f", "/").replace("%2F", "/");
             let mut parts = path.split("/-/").next()?.rsplit('/');

@@ -259,8 +259,11 @@ impl Managers {
             let line = ran.answer.lines().find_map(|line| line.split_once("=="));
             return line.map(|(_, version)| version.trim().to_owned()).ok_or_else(unclear);
         }
-        tools.check_pip()?;
-        let ran = tools.pip(None, &["index", "versions", "--", name], true).await?;
+        let own = match tools.python.pip.is_empty() {
+            true => Some(tools.environment_at(".tmp/venv", true).await?),
+            false => None,
+        };
+        let ran = tools.pip(own.as_deref(), &["index", "versions", "--", name], true).await?;
         if !ran.succeeded() {
             return Err(errors::python(&asked, &ran, &tools.log().await));
         }
@@ -352,13 +355,6 @@ impl Tools<'_> {
         }
         let place = self.order.folder.join(place).join("bin").join("python");
         Ok(place.to_string_lossy().into_owned())
-    }
-
-    fn check_pip(&self) -> Result<(), WorkerError> {
-        match self.python.pip.is_empty() {
-            true => Err(WorkerError::new(ErrorCode::RuntimeMissing, "This worker's Python has no pip")),
-            false => Ok(()),
-        }
     }
 
     /// Runs pip: that of the worker's Python, or that of the environment if only it has one.
