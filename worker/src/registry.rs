@@ -160,6 +160,7 @@ impl Entry {
         if let Some(new) = &stored
             && !keep
             && !beside
+            && self.load().is_some()
         {
             self.install_ahead(new, host).await;
         }

@@ -20,7 +20,10 @@ use mcp_shared::{
     vault::VaultError,
     worker_api::{Change, ServerStatus, WorkerApi},
 };
-use tokio::time::{Instant, sleep};
+use tokio::{
+    sync::Semaphore,
+    time::{Instant, sleep},
+};
 
 use super::{folders::Installed, managers::Work};
 use crate::{
@@ -39,7 +42,12 @@ const ATTEMPTS: usize = 5;
 
 /// Takes jobs until the worker stops. `fleet` tells every worker of what changed.
 pub async fn serve(host: Arc<Host>, fleet: Arc<dyn WorkerApi>) {
-    let runner = Arc::new(Runner { host, fleet, running: Mutex::default() });
+    let runner = Arc::new(Runner {
+        host,
+        fleet,
+        looked_at: Mutex::default(),
+        places: Semaphore::new(limits::INSTALLS),
+    });
     let packages = Arc::clone(&runner.host.packages);
     let mut adopted = false;
     loop {
@@ -69,8 +77,10 @@ pub async fn serve(host: Arc<Host>, fleet: Arc<dyn WorkerApi>) {
 struct Runner {
     host: Arc<Host>,
     fleet: Arc<dyn WorkerApi>,
-    /// Jobs that this worker is at, or about to take.
-    running: Mutex<HashSet<ServerName>>,
+    /// Jobs that this worker is at, or looks at.
+    looked_at: Mutex<HashSet<ServerName>>,
+    /// Bounds those that it is at.
+    places: Semaphore,
 }
 
 /// Why a job goes no further here.
@@ -98,18 +108,24 @@ impl Runner {
     fn consider(runner: &Arc<Self>, job: Versioned<Job>) {
         let name = job.value.server_name.clone();
         let waits = job.value.not_before.is_some_and(|then| then > Timestamp::now());
-        let full = lock(&runner.running).len() >= limits::INSTALLS;
-        if waits || full || !lock(&runner.running).insert(name.clone()) {
+        let full = runner.places.available_permits() == 0;
+        if waits || full || !lock(&runner.looked_at).insert(name.clone()) {
             return;
         }
         let taken = Arc::clone(runner);
         runner.host.tasks.spawn(async move {
-            if taken.is_free(&job.value).await {
+            let mut ran = false;
+            if taken.is_free(&job.value).await
+                && let Ok(_place) = taken.places.try_acquire()
+            {
                 taken.run(job).await;
+                ran = true;
             }
-            lock(&taken.running).remove(&name);
-            // There may be more than this worker can take at once.
-            taken.host.packages.wake();
+            lock(&taken.looked_at).remove(&name);
+            if ran {
+                // There may be more than this worker could take at once.
+                taken.host.packages.sweep_later();
+            }
         });
     }
 
@@ -148,7 +164,6 @@ impl Runner {
                 }
             }
         }
-        self.host.packages.sweep_later();
     }
 
     /// Does what a job says. Returned is the version that is installed in the end.
@@ -217,7 +232,11 @@ impl Runner {
         server.package = Some(reference.clone());
         // Of what may run only once, none is started beside the one that runs.
         let alone = job.kind == JobKind::Upgrade && server.scaling == Scaling::Singleton;
-        if server.enabled && !alone && (server.isolation == Isolation::Shared || server.secret_env.is_empty())
+        let other = server.package != old.package;
+        if server.enabled
+            && other
+            && !alone
+            && (server.isolation == Isolation::Shared || server.secret_env.is_empty())
         {
             progress.phase("starting").await?;
             self.probe(&server, &installed, progress).await?;
