@@ -4,6 +4,8 @@ use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
+use crate::timestamp::Timestamp;
+
 /// Why a name was refused. The text says what would be valid and never repeats the input.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{field} {rule}")]
@@ -199,6 +201,13 @@ impl WorkerId {
     pub fn generate() -> Self {
         Self(format!("w-{}", uuid::Uuid::now_v7().simple()))
     }
+}
+
+/// The `_id` of a new document: 24 hexadecimal digits as MongoDB makes them, seconds and then chance.
+pub fn object_id(now: Timestamp) -> String {
+    let random = uuid::Uuid::now_v7().simple().to_string();
+    let seconds = u32::try_from(now.millis() / 1_000).unwrap_or(u32::MAX);
+    format!("{seconds:08x}{}", &random[random.len() - 16..])
 }
 
 /// Whether text has no control characters and none that reverse the direction of writing or hide.

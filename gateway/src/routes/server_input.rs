@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use mcp_shared::{
-    ids::{SecretName, ServerName},
+    ids::{SecretName, ServerName, object_id},
     limits,
     server::{Isolation, Scaling, ServerRecord, Transport, Variables},
     timestamp::Timestamp,
@@ -91,13 +91,6 @@ pub fn updated_record(record: &ServerRecord, fields: &Fields<'_>) -> Result<Serv
         next.updated_at = Timestamp::now();
     }
     Ok(next)
-}
-
-/// 24 hexadecimal digits as MongoDB makes them: seconds, then chance.
-fn object_id(now: Timestamp) -> String {
-    let random = uuid::Uuid::now_v7().simple().to_string();
-    let seconds = u32::try_from(now.millis() / 1_000).unwrap_or(u32::MAX);
-    format!("{seconds:08x}{}", &random[random.len() - 16..])
 }
 
 /// A transport from the fields of a new server. The command may be missing: that of a package follows from

@@ -11,7 +11,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use mcp_shared::error::ErrorCode;
+use mcp_shared::{
+    error::ErrorCode,
+    testing::registry::{Registry, python_server},
+};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -20,7 +23,10 @@ use reqwest::Method;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use crate::deployment::{Answer, Deployment, eventually, fixture};
+use crate::{
+    deployment::{Answer, Deployment, eventually, fixture},
+    packages::from,
+};
 
 /// What stands in the recordings for the program and the argument of the recorded MCP server.
 const RECORDED_COMMAND: &str = "node";
@@ -29,6 +35,9 @@ const RECORDED_ARGUMENT: &str = "{{ECHO_SERVER}}";
 const OVERSIZED: &str = "valid call of echo with text = \"x\" * (6*1024*1024+100)";
 /// The path whose errors say what is known about the call.
 const CALL: &str = "/mcp/tool/call";
+/// The package of npm that the recordings install, and the older one of its two versions.
+const EVERYTHING: &str = "@modelcontextprotocol/server-everything";
+const OLDER: &str = "2026.1.14";
 /// The places of a difference that are not inside a JSON body.
 const STATUS: &str = "status";
 const BODY: &str = "body";
@@ -37,7 +46,8 @@ const BODY: &str = "body";
 async fn every_recorded_exchange_is_answered_alike_or_differs_as_the_table_says() {
     let mut table = Table::read();
     let mut wrong = Vec::new();
-    let api = Deployment::start().await;
+    let registry = registry();
+    let api = from(&registry).start().await;
     for (file, recording) in recordings() {
         prepare(&api, &recording.name).await;
         let answer = send(&api, &recording.request).await;
@@ -108,6 +118,22 @@ fn recordings() -> BTreeMap<String, Recording> {
         .collect()
 }
 
+/// A registry with the packages that the recordings install. What runs are servers of ours: of the tools
+/// that the packages have in the world, there is the one that is called.
+fn registry() -> Registry {
+    let registry = Registry::start();
+    for version in [OLDER, "2026.8.31"] {
+        let files = [("dist/index.js", EVERYTHING_SERVER)];
+        let package = r#"{"bin": {"mcp-server-everything": "dist/index.js"}}"#;
+        registry.add_npm(EVERYTHING, version, &files, package);
+    }
+    let (name, version) = ("mcp-server-time", "2026.10.19");
+    let files =
+        [("mcp_server_time/__init__.py", ""), ("mcp_server_time/__main__.py", &python_server(version))];
+    registry.add_python(name, version, &files);
+    registry
+}
+
 /// What happened before some recordings without being an exchange that is run here.
 async fn prepare(api: &Deployment, name: &str) {
     match name {
@@ -126,6 +152,18 @@ async fn prepare(api: &Deployment, name: &str) {
         }
         // An endpoint of later work stored this secret in the recordings.
         "delete-impact" => drop(api.set_secret("alice", "echo-sec", "TOKEN", "t1").await.ok()),
+        // The first install was repeated: the recorded program tells so in the package's record.
+        "packages-list" => {
+            let body = json!({"name": EVERYTHING, "serverName": "everything"});
+            api.post("/packages/install", &body).await.fails(409, "server_already_exists");
+        }
+        // Somebody asked for updates, since here the recorded document knows the latest version and in
+        // the list before it does not.
+        "package-by-name" => drop(api.get("/packages?checkUpdates=true").await.ok()),
+        "packages-updates-after-pin" => {
+            let body = json!({"version": OLDER});
+            api.put("/packages/everything/upgrade", Some(&body)).await.ok();
+        }
         _ => {}
     }
 }
@@ -393,7 +431,8 @@ impl Cell {
             (None, "absent") => Self::Absent,
             (None, "an object") => Self::Kind(Value::is_object),
             (None, "a list") => Self::Kind(Value::is_array),
-            _ => panic!("`JSON`, absent, an object or a list must stand where there is {text:?}"),
+            (None, "a text") => Self::Kind(Value::is_string),
+            _ => panic!("`JSON`, absent, an object, a list or a text must stand where there is {text:?}"),
         }
     }
 
@@ -453,3 +492,26 @@ fn rows(heading: &str) -> Vec<Vec<String>> {
     assert!(rows.len() > 2, "{heading} has no table");
     rows.into_iter().skip(2).collect()
 }
+
+/// A server with the tool `echo`, as the package of npm has it.
+const EVERYTHING_SERVER: &str = r#"#!/usr/bin/env node
+const schema = { type: "object", properties: { message: { type: "string" } }, required: ["message"] };
+const answers = {
+  initialize: (params) => ({
+    protocolVersion: params.protocolVersion,
+    capabilities: { tools: {} },
+    serverInfo: { name: "made-by-hand", version: "1.0.0" },
+  }),
+  ping: () => ({}),
+  "tools/list": () => ({ tools: [{ name: "echo", description: "echo", inputSchema: schema }] }),
+  "tools/call": (params) => ({ content: [{ type: "text", text: `Echo: ${params.arguments.message}` }] }),
+};
+const lines = require("readline").createInterface({ input: process.stdin });
+lines.on("line", (line) => {
+  const { id, method, params } = JSON.parse(line);
+  if (id === undefined) return;
+  const answer = answers[method];
+  const body = answer ? { result: answer(params) } : { error: { code: -32601, message: "Method not found" } };
+  process.stdout.write(JSON.stringify({ jsonrpc: "2.0", id, ...body }) + "\n");
+});
+"#;

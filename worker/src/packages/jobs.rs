@@ -11,7 +11,7 @@ use std::{
 
 use mcp_shared::{
     error::{ErrorCode, WorkerError},
-    ids::{ServerName, UserId},
+    ids::{ServerName, UserId, object_id},
     limits,
     package::{Job, JobKind, JobState, PackageRecord, PackageRef, Runtime},
     server::{Isolation, Scaling, ServerRecord, Transport},
@@ -452,13 +452,14 @@ impl Runner {
 
 fn new_record(job: &Job, server: &ServerRecord) -> PackageRecord {
     let spec = &job.spec;
+    let installed = Timestamp::now();
     PackageRecord {
         name: spec.name.clone(),
         version: String::new(),
         install_path: String::new(),
         venv_path: None,
         status: "installed".to_owned(),
-        installed: Timestamp::now(),
+        installed,
         last_upgraded: None,
         mcp_server_id: server.name.clone(),
         enabled: server.enabled,
@@ -476,7 +477,8 @@ fn new_record(job: &Job, server: &ServerRecord) -> PackageRecord {
         skipped_scripts: Vec::new(),
         entry: None,
         job_id: None,
-        extra: serde_json::Map::new(),
+        // Lists show it. Of the stores, only MongoDB would give one by itself.
+        extra: [("_id".to_owned(), object_id(installed).into())].into_iter().collect(),
     }
 }
 
