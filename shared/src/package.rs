@@ -288,6 +288,9 @@ pub struct Job {
     /// installations. Its variables are encrypted as those of servers are.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub server: Option<ServerRecord>,
+    /// For upgrades that may have to be taken back: the package as it was, and in `server` its server.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub previous: Option<PackageRecord>,
     /// How far it is.
     pub state: JobState,
     /// Whether it is queued or running.
@@ -340,6 +343,7 @@ impl Job {
             kind,
             spec,
             server,
+            previous: None,
             state: JobState::Queued,
             active: true,
             phase: "queued".to_owned(),

@@ -12,7 +12,7 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use lru::LruCache;
@@ -40,6 +40,9 @@ pub use jobs::serve;
 
 /// Latest versions that are remembered.
 const REMEMBERED: usize = 1_024;
+
+/// How long it is remembered that a registry did not say.
+const UNKNOWN_MEMORY: Duration = Duration::from_secs(2);
 
 /// One worker's packages.
 pub struct Packages {
@@ -82,8 +85,29 @@ impl Packages {
         self.wake();
     }
 
-    /// The installation that a server runs: there already, or made from its lock.
+    /// The installation that a server runs: there already, or made from its lock. What was begun is brought
+    /// to an end that leaves nothing half done, whether or not the caller still waits.
     pub async fn ensure(
+        &self,
+        reference: &PackageRef,
+        host: &Arc<Host>,
+        say: Say,
+        cancelled: &CancellationToken,
+    ) -> Result<Arc<Installed>, WorkerError> {
+        let task = {
+            let (reference, means, cancelled) = (reference.clone(), Arc::clone(host), cancelled.clone());
+            host.tasks
+                .spawn(async move { means.packages.ensure_now(&reference, &means, say, &cancelled).await })
+        };
+        let installed = tokio::select! {
+            installed = task => installed.map_err(WorkerError::internal)??,
+            () = cancelled.cancelled() => return Err(given_up()),
+        };
+        self.folders.link(reference, &installed);
+        Ok(installed)
+    }
+
+    async fn ensure_now(
         &self,
         reference: &PackageRef,
         host: &Host,
@@ -100,12 +124,7 @@ impl Packages {
             }
             self.build(&lock, folder, host, say, cancelled).await
         });
-        let installed = tokio::select! {
-            installed = build => installed?,
-            () = cancelled.cancelled() => return Err(given_up()),
-        };
-        self.folders.link(reference, &installed);
-        Ok(installed)
+        build.await
     }
 
     async fn build(
@@ -117,6 +136,9 @@ impl Packages {
         cancelled: &CancellationToken,
     ) -> Result<(), WorkerError> {
         let _place = self.installs.acquire().await.map_err(WorkerError::internal)?;
+        if cancelled.is_cancelled() {
+            return Err(given_up());
+        }
         tracing::info!(package.name = %lock.name, package.version = %lock.version, "installing a package");
         let work = Work { supervisor: &host.supervisor, say, cancelled };
         self.managers.build(lock, folder, &work).await
@@ -124,12 +146,28 @@ impl Packages {
 
     /// The latest versions of packages, looked up side by side and remembered for a while.
     pub async fn latest(&self, queries: Vec<LatestQuery>, host: &Host) -> Vec<Latest> {
-        futures_util::future::join_all(queries.into_iter().map(|query| self.latest_of(query, host))).await
+        let asked = queries.into_iter().map(async |query| {
+            // One that waits for its turn for too long is as good as unknown.
+            let limit = 2 * limits::LATEST_TIMEOUT;
+            match tokio::time::timeout(limit, self.latest_of(query, host)).await {
+                Ok(latest) => latest,
+                Err(_) => {
+                    let text = "The registries were not asked in time";
+                    Latest::Unknown(WorkerError::new(ErrorCode::RegistryUnavailable, text))
+                }
+            }
+        });
+        futures_util::future::join_all(asked).await
     }
 
     async fn latest_of(&self, query: LatestQuery, host: &Host) -> Latest {
         let known = self.latest.lock().unwrap_or_else(PoisonError::into_inner).get(&query).cloned();
-        if let Some((_, latest)) = known.filter(|(when, _)| when.elapsed() < limits::LATEST_MEMORY) {
+        let memory = |latest: &Latest| match latest {
+            Latest::Version(_) => limits::LATEST_MEMORY,
+            // Who could not say may be able to soon.
+            Latest::Unknown(_) => UNKNOWN_MEMORY,
+        };
+        if let Some((_, latest)) = known.filter(|(when, latest)| when.elapsed() < memory(latest)) {
             return latest;
         }
         let Ok(_place) = self.lookups.acquire().await else { return Latest::Unknown(given_up()) };
@@ -139,11 +177,8 @@ impl Packages {
         };
         let work = Work { supervisor: &host.supervisor, say: Arc::new(|_| {}), cancelled: &host.stopping };
         let latest = self.managers.latest(&query, scratch.path(), &work).await;
-        // Who could not say now may be able to soon.
-        if let Latest::Version(_) = &latest {
-            let mut known = self.latest.lock().unwrap_or_else(PoisonError::into_inner);
-            known.put(query, (Instant::now(), latest.clone()));
-        }
+        let mut known = self.latest.lock().unwrap_or_else(PoisonError::into_inner);
+        known.put(query, (Instant::now(), latest.clone()));
         latest
     }
 

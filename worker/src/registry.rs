@@ -28,6 +28,11 @@ use crate::{
 
 mod owning;
 
+/// How often a new version is tried that does not start while the old one serves.
+const BESIDE_ATTEMPTS: usize = 3;
+/// The pause before it is tried again.
+const BESIDE_PAUSE: Duration = Duration::from_secs(2);
+
 /// One server.
 pub struct Entry {
     /// Its name.
@@ -176,7 +181,9 @@ impl Entry {
             let again = again && next.enabled && next.isolation == Isolation::Shared;
             let same_lease =
                 |group: &Group| again && group.user.is_none() && next.scaling == Scaling::Singleton;
-            self.retire(|_| true, limits::STOP_DRAIN, same_lease).await;
+            // An upgrade is no reason to cut a call short that takes no longer than most may.
+            let drain = if other_package && next.enabled { limits::TOOL_TIMEOUT } else { limits::STOP_DRAIN };
+            self.retire(|_| true, drain, same_lease).await;
         }
         if other_package {
             host.packages.sweep_later();
@@ -193,11 +200,33 @@ impl Entry {
     async fn replace_beside(self: &Arc<Self>, host: &Arc<Host>) {
         let next = self.new_group(None, host);
         let limit = current(&self.record).startup_limit() + limits::INSTALL_TIMEOUT;
-        if next.ensure_running(Instant::now() + limit, true).await.is_err() {
-            // It was tried where it was installed; here the group goes on trying.
+        let mut up = false;
+        // It was tried where it was installed. What is in its way here may pass, and the old one serves.
+        for _ in 0..BESIDE_ATTEMPTS {
+            let started = tokio::select! {
+                started = next.ensure_running(Instant::now() + limit, true) => started,
+                () = host.stopping.cancelled() => {
+                    next.retire(Duration::ZERO).await;
+                    return;
+                }
+            };
+            up = started.is_ok();
+            if up {
+                break;
+            }
+            tokio::time::sleep(BESIDE_PAUSE).await;
+        }
+        let old = if up || host.leases.is_none() {
+            self.groups().shared.replace(next)
+        } else {
+            // Other workers may have it: nothing of it is owned here until somebody asks for it.
+            next.retire(Duration::ZERO).await;
+            self.groups().shared.take()
+        };
+        if !up {
             tracing::error!(server = %self.name, "the new version of a package does not start on this worker");
         }
-        let Some(old) = self.groups().shared.replace(next) else { return };
+        let Some(old) = old else { return };
         let host = Arc::clone(host);
         let tasks = host.tasks.clone();
         tasks.spawn(async move {

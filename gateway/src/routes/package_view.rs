@@ -39,7 +39,7 @@ pub fn package(record: &PackageRecord) -> Result<Map<String, Value>, Problem> {
 /// values of variables.
 pub fn job(job: &Job, log: bool) -> Result<Map<String, Value>, Problem> {
     let mut fields = object(job)?;
-    for name in ["server", "active", "notBefore"] {
+    for name in ["server", "previous", "active", "notBefore"] {
         fields.shift_remove(name);
     }
     if !log {

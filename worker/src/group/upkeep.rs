@@ -24,7 +24,10 @@ pub(super) async fn watch_instance(group: Arc<Group>, instance: Arc<Instance>) {
                 match timeout(limit, crate::mcp::list_tools(&instance.connection)).await {
                     Ok(Ok(tools)) => {
                         instance.set_tools(tools);
-                        (group.on_tools)(&instance.tools());
+                        // Of a version that is on its way out nobody wants to know.
+                        if !group.retired.is_cancelled() {
+                            (group.on_tools)(&instance.tools());
+                        }
                     }
                     Ok(Err(refusal)) => group.log.note(&format!("its tools changed, but {refusal}")),
                     Err(_) => group.log.note("its tools changed, but it did not list them in time"),

@@ -92,7 +92,11 @@ impl Folders {
     pub fn documented(&self, runtime: Runtime, package: &str, server: &ServerName) -> String {
         match (runtime, &self.venvs) {
             (Runtime::Node, _) => {
-                format!("packages/{}", package.trim_start_matches('@').replace('/', "-"))
+                match package.trim_start_matches('@').replace('/', "-").as_str() {
+                    // That is where the virtual environments are.
+                    "python" => "packages/python-of-npm".to_owned(),
+                    folder => format!("packages/{folder}"),
+                }
             }
             (Runtime::Python, None) => format!("packages/python/{server}"),
             (Runtime::Python, Some(venvs)) => format!("{}/{server}", venvs.display()),

@@ -7,6 +7,7 @@
 use std::{
     collections::HashSet,
     sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
+    time::Duration,
 };
 
 use mcp_shared::{
@@ -15,11 +16,12 @@ use mcp_shared::{
     limits,
     package::{Job, JobKind, JobState, PackageRecord, PackageRef, Runtime},
     server::{Isolation, Scaling, ServerRecord, Transport},
-    store::{StoreError, Versioned},
+    store::Versioned,
     timestamp::Timestamp,
     vault::VaultError,
-    worker_api::{Change, ServerStatus, WorkerApi},
+    worker_api::{ServerStatus, WorkerApi},
 };
+use secrecy::SecretString;
 use tokio::{
     sync::Semaphore,
     time::{Instant, sleep},
@@ -33,6 +35,7 @@ use crate::{
 };
 
 mod progress;
+mod registering;
 mod upkeep;
 
 use progress::Progress;
@@ -142,6 +145,9 @@ impl Runner {
     }
 
     async fn run(&self, job: Versioned<Job>) {
+        if job.value.attempts >= limits::INSTALL_ATTEMPTS {
+            self.undo(&job.value).await;
+        }
         let Some(progress) = Progress::claim(&self.host, job).await else { return };
         let name = progress.job().server_name;
         let work = async {
@@ -155,6 +161,9 @@ impl Runner {
             Ok(version) => progress.finish(Ok(version)).await,
             Err(Stop::Failed(error)) => {
                 tracing::warn!(server = %name, %error, "a job failed");
+                if !progress.begins_again(&error) {
+                    self.undo(&progress.job()).await;
+                }
                 progress.finish(Err(error)).await;
             }
             Err(Stop::Left) => {
@@ -170,17 +179,17 @@ impl Runner {
     async fn execute(&self, progress: &Arc<Progress>) -> Result<String, Stop> {
         let job = progress.job();
         let packages = &self.host.packages;
-        let before = match job.kind {
-            JobKind::Install => None,
-            JobKind::Upgrade => {
-                let stored = self.host.vault.package(&job.server_name).await?;
-                Some(stored.ok_or_else(|| unknown(&job.server_name))?.value)
-            }
+        let stored = self.host.vault.package(&job.server_name).await?.map(|stored| stored.value);
+        let before = match (job.kind, &job.previous) {
+            (JobKind::Install, _) => None,
+            // An earlier attempt came as far as the switch: what it began with counts.
+            (JobKind::Upgrade, Some(previous)) => Some(previous.clone()),
+            (JobKind::Upgrade, None) => Some(stored.ok_or_else(|| unknown(&job.server_name))?),
         };
         if job.kind == JobKind::Install && self.is_done(&job).await? {
             // An earlier attempt came this far.
             let record = self.host.vault.package(&job.server_name).await?;
-            self.announce(&job.server_name).await;
+            self.announce(&job.server_name).await?;
             return Ok(record.map(|record| record.value.version).unwrap_or_default());
         }
 
@@ -212,17 +221,12 @@ impl Runner {
         progress.still_ours()?;
         let installed = installed?;
 
-        let old = match job.kind {
-            JobKind::Install => {
-                job.server.clone().ok_or_else(|| WorkerError::internal("a job has no server"))?
-            }
-            JobKind::Upgrade => {
-                self.host
-                    .vault
-                    .server(&job.server_name)
-                    .await?
-                    .ok_or_else(|| unknown(&job.server_name))?
-                    .value
+        let old = match (job.kind, job.server.clone()) {
+            (_, Some(server)) => server,
+            (JobKind::Install, None) => return Err(WorkerError::internal("a job has no server").into()),
+            (JobKind::Upgrade, None) => {
+                let stored = self.host.vault.server(&job.server_name).await?;
+                stored.ok_or_else(|| unknown(&job.server_name))?.value
             }
         };
         let (transport, entry) =
@@ -242,7 +246,10 @@ impl Runner {
             self.probe(&server, &installed, progress).await?;
         }
 
-        progress.phase("registering").await?;
+        if let Some(before) = &before {
+            progress.remember(&old, before);
+        }
+        progress.fence("registering").await?;
         let mut record = match before.clone() {
             Some(mut record) => {
                 record.last_upgraded = Some(Timestamp::now());
@@ -264,31 +271,44 @@ impl Runner {
         }
         match job.kind {
             JobKind::Install => self.register(&job, &server, &record).await?,
-            JobKind::Upgrade => self.switch(&server, &record).await?,
+            JobKind::Upgrade => self.switch(&old, &server, &record).await?,
         }
         // It may have been removed meanwhile as one that nothing needs.
         self.host.vault.put_lock(&lock).await?;
         progress.phase("switching").await?;
-        self.announce(&job.server_name).await;
-        if let Some(before) = before.filter(|_| alone && server.enabled) {
-            self.confirm(&old, &before).await?;
+        self.announce(&job.server_name).await?;
+        if let Some(before) = before.filter(|_| alone && other && server.enabled) {
+            self.confirm(&old, &server, &before).await?;
         }
         drop(installed);
         Ok(lock.version)
     }
 
     /// Waits until a server that could not be tried beside the old one runs, and goes back if it does not.
-    async fn confirm(&self, old: &ServerRecord, before: &PackageRecord) -> Result<(), Stop> {
-        let report = self.fleet.start_server(&UserId::default(), &old.name).await?;
-        if report.status != ServerStatus::Error {
+    async fn confirm(
+        &self,
+        old: &ServerRecord,
+        new: &ServerRecord,
+        before: &PackageRecord,
+    ) -> Result<(), Stop> {
+        // Whose own processes these are, only users can start.
+        if new.isolation == Isolation::PerUser {
             return Ok(());
         }
-        self.switch(old, before).await?;
-        self.announce(&old.name).await;
+        for _ in 0..ATTEMPTS {
+            match self.fleet.start_server(&UserId::default(), &old.name).await {
+                Ok(report) if report.status == ServerStatus::Connected => return Ok(()),
+                Ok(report) if report.status == ServerStatus::Error => break,
+                // Somebody is still at it, or nobody can be asked right now.
+                Ok(_) | Err(_) => sleep(Duration::from_secs(1)).await,
+            }
+        }
+        self.switch(new, old, before).await?;
+        self.announce(&old.name).await?;
         let text =
             format!("Server {} does not start with the new version; it has the old one again", old.name);
         let error = WorkerError::new(ErrorCode::NotAnMcpServer, text);
-        Err(error.with("serverName", old.name.as_str()).with("logs", report.logs).into())
+        Err(error.with("serverName", old.name.as_str()).into())
     }
 
     async fn is_done(&self, job: &Job) -> Result<bool, Stop> {
@@ -344,13 +364,20 @@ impl Runner {
     ) -> Result<(), Stop> {
         let Transport::Stdio { command, args, env } = &server.transport else { return Ok(()) };
         let log = Arc::<Log>::default();
+        // What the server says gets into the job, which is not encrypted.
+        let secrets: Vec<_> = env
+            .0
+            .iter()
+            .filter(|(name, _)| is_secret(name))
+            .map(|(_, value)| SecretString::from(value.as_str()))
+            .collect();
         let launch = Launch {
             command,
             args,
             env: &env.0,
             package: server.package.as_ref().map(|reference| (reference, Arc::clone(installed))),
             secret_env: Vec::new(),
-            known: log.remember(std::iter::empty()),
+            known: log.remember(secrets.iter()),
         };
         let host = &self.host;
         let limit = server.startup_limit();
@@ -377,75 +404,6 @@ impl Runner {
                     WorkerError::new(ErrorCode::NotAnMcpServer, mcp_shared::error::shorten(&text, 500));
                 Err(error.with("serverName", server.name.as_str()).with("logs", log.lines()).into())
             }
-        }
-    }
-
-    /// Adds the server and the package. The server first: it is what others see.
-    async fn register(&self, job: &Job, server: &ServerRecord, record: &PackageRecord) -> Result<(), Stop> {
-        let vault = &self.host.vault;
-        match vault.insert_server(server).await {
-            Ok(_) => {}
-            Err(VaultError::Store(StoreError::AlreadyExists { existing })) => {
-                let stored = vault.server(&server.name).await?;
-                let Some(stored) = stored.filter(|stored| stored.value.id == server.id) else {
-                    let text = format!("Server with name {existing} already exists");
-                    return Err(WorkerError::new(ErrorCode::ServerAlreadyExists, text).into());
-                };
-                // An attempt that was cut short added it.
-                vault.replace_server(server, stored.revision).await?;
-            }
-            Err(error) => return Err(error.into()),
-        }
-        match vault.insert_package(record).await {
-            Ok(_) => {}
-            Err(VaultError::Store(StoreError::AlreadyExists { .. })) => {
-                // What an earlier server of the name left behind.
-                let stored = vault.package(&job.server_name).await?.ok_or_else(|| unknown(&server.name))?;
-                vault.replace_package(record, stored.revision).await?;
-            }
-            Err(error) => return Err(error.into()),
-        }
-        // Somebody may have removed the server as soon as it was there.
-        if vault.server(&server.name).await?.is_none_or(|stored| stored.value.id != server.id) {
-            vault.delete_package(&server.name).await?;
-            return Err(unknown(&server.name).into());
-        }
-        Ok(())
-    }
-
-    /// Has the server run the new installation. What others changed about it meanwhile stays.
-    async fn switch(&self, next: &ServerRecord, record: &PackageRecord) -> Result<(), Stop> {
-        let vault = &self.host.vault;
-        for _ in 0..ATTEMPTS {
-            let stored = vault.server(&next.name).await?.ok_or_else(|| unknown(&next.name))?;
-            let mut server = stored.value;
-            server.transport = next.transport.clone();
-            server.package.clone_from(&next.package);
-            server.updated_at = Timestamp::now();
-            match vault.replace_server(&server, stored.revision).await {
-                Ok(_) => {}
-                Err(VaultError::Store(StoreError::Conflict)) => continue,
-                Err(error) => return Err(error.into()),
-            }
-            let mut record = record.clone();
-            let stored = vault.package(&next.name).await?.ok_or_else(|| unknown(&next.name))?;
-            record.enabled = server.enabled;
-            record.latest_version.clone_from(&stored.value.latest_version);
-            match vault.replace_package(&record, stored.revision).await {
-                Ok(_) => return Ok(()),
-                Err(VaultError::Store(StoreError::Conflict)) => continue,
-                Err(error) => return Err(error.into()),
-            }
-        }
-        let text = "The server was changed by others at the same time; try again";
-        Err(WorkerError::new(ErrorCode::Conflict, text).into())
-    }
-
-    /// Tells every worker. Whoever does not hear it now finds it in the store before long.
-    async fn announce(&self, server: &ServerName) {
-        let told = self.fleet.announce(Change::Server { server: server.clone() }).await;
-        if let Err(error) = told {
-            tracing::warn!(server = %server, %error, "not every worker was told of an installation");
         }
     }
 }
@@ -480,6 +438,17 @@ fn new_record(job: &Job, server: &ServerRecord) -> PackageRecord {
         // Lists show it. Of the stores, only MongoDB would give one by itself.
         extra: [("_id".to_owned(), object_id(installed).into())].into_iter().collect(),
     }
+}
+
+/// Whether the name of a variable says that its value is nobody's business.
+fn is_secret(name: &str) -> bool {
+    let name = name.to_ascii_uppercase();
+    ["KEY", "TOKEN", "SECRET", "PASS", "CREDENTIAL", "AUTH"].iter().any(|word| name.contains(word))
+}
+
+fn changed() -> WorkerError {
+    let text = "The server was changed by others at the same time; try again";
+    WorkerError::new(ErrorCode::Conflict, text)
 }
 
 fn unknown(server: &ServerName) -> WorkerError {

@@ -9,7 +9,8 @@ use mcp_shared::{
     error::{ErrorCode, WorkerError},
     ids::WorkerId,
     limits,
-    package::{Job, JobState},
+    package::{Job, JobState, PackageRecord},
+    server::ServerRecord,
     store::{Revision, StoreError, Versioned},
     timestamp::Timestamp,
     vault::VaultError,
@@ -22,6 +23,8 @@ use crate::{host::Host, packages::managers::Say};
 
 /// How often what was said is written to the store.
 const TELL: Duration = Duration::from_millis(500);
+/// How often it is looked whether a job is still this worker's when nothing is said.
+const HEARTBEAT: Duration = Duration::from_secs(2);
 
 /// A job that this worker is at.
 pub(super) struct Progress {
@@ -109,6 +112,27 @@ impl Progress {
         self.write().await
     }
 
+    /// Goes on only when the store has the job as this worker's at this moment.
+    pub(super) async fn fence(&self, phase: &str) -> Result<(), Stop> {
+        self.phase(phase).await?;
+        for _ in 0..ATTEMPTS {
+            if lock(&self.job).written {
+                return self.still_ours();
+            }
+            sleep(TELL).await;
+            self.write().await?;
+        }
+        Err(WorkerError::new(ErrorCode::StoreUnavailable, "The store did not answer").into())
+    }
+
+    /// Keeps what an upgrade may have to go back to.
+    pub(super) fn remember(&self, server: &ServerRecord, package: &PackageRecord) {
+        let mut told = lock(&self.job);
+        told.job.server = Some(server.clone());
+        told.job.previous = Some(package.clone());
+        told.written = false;
+    }
+
     pub(super) fn still_ours(&self) -> Result<(), Stop> {
         if self.cancelled.is_cancelled() { Err(Stop::Left) } else { Ok(()) }
     }
@@ -119,6 +143,8 @@ impl Progress {
             tokio::select! {
                 () = self.ended.cancelled() => return,
                 () = self.said.notified() => {}
+                // A package manager may be silent for a while, and the job another worker's by then.
+                () = sleep(HEARTBEAT) => lock(&self.job).written = false,
             }
             let written = lock(&self.job).written;
             if !written && self.write().await.is_err() {
@@ -194,6 +220,11 @@ impl Progress {
         let _ = self.write().await;
     }
 
+    /// Whether the job is begun again after this.
+    pub(super) fn begins_again(&self, error: &WorkerError) -> bool {
+        may_pass(error) && lock(&self.job).job.attempts < limits::INSTALL_ATTEMPTS
+    }
+
     /// Ends the job, or has it begun again later.
     pub(super) async fn finish(&self, result: Result<String, WorkerError>) {
         {
@@ -253,6 +284,7 @@ fn close(job: &mut Job, result: Result<String, WorkerError>) {
     job.finished = Some(now);
     // The draft has become the server, or never will.
     job.server = None;
+    job.previous = None;
     match result {
         Ok(version) => {
             job.state = JobState::Done;

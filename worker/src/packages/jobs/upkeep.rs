@@ -1,7 +1,7 @@
 //! What workers do about packages without being asked: they bring those of mcp-api to the fleet, and remove
 //! what nothing needs any more.
 
-use std::collections::HashSet;
+use std::{collections::HashSet, sync::atomic::Ordering};
 
 use mcp_shared::{
     limits,
@@ -21,8 +21,18 @@ impl Runner {
         for package in vault.packages().await? {
             let package = package.value;
             let server = &package.mcp_server_id;
-            if package.generation.is_some() || vault.job(server).await?.is_some() {
+            if package.generation.is_some() {
                 continue;
+            }
+            match vault.job(server).await {
+                Ok(None) => {}
+                Ok(Some(_)) => continue,
+                Err(error @ VaultError::Store(StoreError::Unavailable { .. })) => return Err(error),
+                // One that cannot be read keeps its own package from being adopted, and no other.
+                Err(error) => {
+                    tracing::error!(server = %server, %error, "a package of mcp-api is left as it is");
+                    continue;
+                }
             }
             // mcp-api wrote the word that it was asked for, which is no version.
             let version = (package.version != "latest").then(|| package.version.clone());
@@ -50,7 +60,10 @@ impl Runner {
         let forget = async {
             let locks = vault.locks().await?;
             let jobs = vault.jobs(true).await?;
-            let kept: HashSet<Generation> = kept(vault).await?;
+            let mut kept: HashSet<Generation> = kept(vault).await?;
+            // An upgrade may have to be taken back.
+            let previous = jobs.iter().filter_map(|job| job.value.previous.as_ref()?.generation.clone());
+            kept.extend(previous);
             let over = Timestamp::now().millis() - i64::try_from(limits::JOB_MEMORY.as_millis()).unwrap_or(0);
             for job in vault.jobs(false).await? {
                 let old = job.value.finished.is_some_and(|finished| finished.millis() < over);
@@ -70,6 +83,7 @@ impl Runner {
             Ok(kept) => self.host.packages.sweep(kept).await,
             Err(error) => {
                 tracing::warn!(error.cause = %error, "what nothing runs any more was not removed yet");
+                self.host.packages.sweep_due.store(true, Ordering::Release);
             }
         }
     }
