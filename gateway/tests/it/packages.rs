@@ -248,6 +248,25 @@ async fn what_cannot_be_installed_says_why_and_leaves_no_trace() {
         .fails(409, "server_already_exists");
 }
 
+/// What a job keeps is not encrypted.
+#[tokio::test]
+async fn secrets_of_a_server_do_not_get_into_its_job() {
+    let registry = registry();
+    let talks = "console.error('with ' + process.env.API_TOKEN + ' in ' + process.env.MODE); process.exit(3)";
+    registry.add_npm("talks", "1.0.0", &[("x.js", talks)], r#"{"bin": "x.js"}"#);
+    let api = from(&registry).start().await;
+    let body = json!({
+        "name": "talks", "serverName": "talks", "env": {"API_TOKEN": "canary-in-a-job", "MODE": "test-mode"},
+    });
+    let answer = install(&api, body).await.fails(422, "not_an_mcp_server");
+    let path = format!("/packages/jobs/{}", answer.json()["jobId"].as_str().unwrap());
+    let job = api.get(&path).await.ok();
+    for text in [&answer.text, &job.text, &api.log()] {
+        assert!(!text.contains("canary-in-a-job"), "{text}");
+    }
+    assert!(job.text.contains("test-mode"), "{}", job.text);
+}
+
 #[tokio::test]
 async fn a_registry_that_fails_is_said_so() {
     let registry = registry();
