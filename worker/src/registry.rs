@@ -58,6 +58,8 @@ struct Groups {
     removed: bool,
     shared: Option<Arc<Group>>,
     users: HashMap<UserId, Arc<Group>>,
+    /// Old versions that finish their calls.
+    leaving: Vec<Arc<Group>>,
 }
 
 impl Entry {
@@ -161,6 +163,7 @@ impl Entry {
         };
         let other_package =
             stored.as_ref().is_none_or(|new| new.package != old.package) && old.package.is_some();
+        let upgraded = stored.as_ref().is_some_and(|new| new.enabled && new.package != old.package);
         let beside = stored.as_ref().is_some_and(|new| may_run_beside(&old, new)) && self.runs_shared();
         if let Some(new) = &stored
             && !keep
@@ -182,7 +185,7 @@ impl Entry {
             let same_lease =
                 |group: &Group| again && group.user.is_none() && next.scaling == Scaling::Singleton;
             // An upgrade is no reason to cut a call short that takes no longer than most may.
-            let drain = if other_package && next.enabled { limits::TOOL_TIMEOUT } else { limits::STOP_DRAIN };
+            let drain = if upgraded { limits::TOOL_TIMEOUT } else { limits::STOP_DRAIN };
             self.retire(|_| true, drain, same_lease).await;
         }
         if other_package {
@@ -227,11 +230,13 @@ impl Entry {
             tracing::error!(server = %self.name, "the new version of a package does not start on this worker");
         }
         let Some(old) = old else { return };
-        let host = Arc::clone(host);
+        self.groups().leaving.push(Arc::clone(&old));
+        let (entry, host) = (Arc::clone(self), Arc::clone(host));
         let tasks = host.tasks.clone();
         tasks.spawn(async move {
             old.retire(limits::TOOL_TIMEOUT_MAX).await;
             old.rest().await;
+            entry.groups().leaving.retain(|group| !Arc::ptr_eq(group, &old));
             host.packages.sweep_later();
             host.note_change();
         });
@@ -316,6 +321,7 @@ impl Entry {
                 .shared
                 .iter()
                 .chain(groups.users.values())
+                .chain(&groups.leaving)
                 .filter(|group| matches(group))
                 .cloned()
                 .collect()

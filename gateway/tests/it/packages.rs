@@ -8,7 +8,7 @@ use std::{
 use mcp_shared::testing::registry::{Fault, Registry, Wheel, node_server, python_server};
 use serde_json::{Value, json};
 
-use crate::deployment::{Answer, Builder, Deployment, eventually};
+use crate::deployment::{Answer, Builder, Deployment, alive, eventually};
 
 /// A registry with a server of npm in two versions, the first of which is tagged `old`.
 pub fn registry() -> Registry {
@@ -320,6 +320,39 @@ async fn an_upgrade_that_fails_changes_nothing() {
     assert_eq!(version(&api, "clock").await, "1.1.0");
     eventually("nothing of them is left", async || generations(&api).iter().all(|(_, count)| *count <= 1))
         .await;
+}
+
+/// A call that is under way when its server is upgraded is answered by the version that it was given to; and
+/// nothing of that is left when the server is removed meanwhile.
+#[tokio::test]
+async fn calls_in_flight_finish_on_the_old_version() {
+    let registry = Registry::start();
+    let slow = |version: &str| {
+        node_server(version).replace(
+            "process.stdout.write(",
+            "setTimeout((text) => process.stdout.write(text), method === 'tools/call' ? params.arguments.ms || 0 : 0, ",
+        )
+    };
+    for version in ["1.0.0", "1.1.0", "1.2.0"] {
+        registry.add_npm("slow", version, &[("x.js", &slow(version))], r#"{"bin": "x.js"}"#);
+    }
+    let api = from(&registry).start().await;
+    install(&api, json!({"name": "slow", "version": "1.0.0", "serverName": "slow"})).await.ok();
+    // Longer than calls have when a server is stopped.
+    let (answer, ()) = tokio::join!(api.call("slow", "version", json!({"ms": 12_000})), async {
+        let body = json!({"version": "1.1.0"});
+        api.put("/packages/slow/upgrade", Some(&body)).await.ok();
+        assert_eq!(version(&api, "slow").await, "1.1.0", "new calls do not wait for old ones");
+    });
+    assert_eq!(answer.tool_text(), "1.0.0");
+    let old = api.pids("slow").await;
+    let (answer, ()) = tokio::join!(api.call("slow", "version", json!({"ms": 60_000})), async {
+        let body = json!({"version": "1.2.0"});
+        api.put("/packages/slow/upgrade", Some(&body)).await.ok();
+        api.delete("/packages/slow").await.ok();
+    });
+    assert_ne!(answer.status, 200, "{}", answer.text);
+    assert!(old.iter().all(|pid| !alive(*pid)), "a process of a removed server is there");
 }
 
 /// The new version cannot be tried beside the old one, so it takes its place, and the old one comes back.
