@@ -219,7 +219,7 @@ impl Caller {
                 }
                 // After a pause of this process an answer may be read before the clock is.
                 if self.spent(now) >= self.limit {
-                    return self.tick(now);
+                    return self.out_of_time();
                 }
                 self.phase = Phase::Going { worker: worker.clone(), attempt };
                 Turn::just(Step::Go(worker, attempt))
@@ -283,17 +283,9 @@ impl Caller {
         let spent = self.spent(now);
         match &self.phase {
             Phase::Ended => Turn::STAY,
-            Phase::Going { worker, attempt } if spent >= self.limit + ANSWER_GRACE => {
-                let withdraw = Some((worker.clone(), *attempt));
-                let late = self.late();
-                Turn { withdraw, ..self.end(late, Outcome::Unknown) }
-            }
-            Phase::Going { .. } => Turn::STAY,
-            _ if spent >= self.limit => {
-                let withdraw = self.worker().cloned().zip(self.attempt());
-                let late = self.late();
-                Turn { withdraw, ..self.end(late, Outcome::NotStarted) }
-            }
+            // A worker that has the call knows best why it took so long, and says it when the time is over.
+            Phase::Going { .. } | Phase::Waiting { .. } if spent < self.limit + ANSWER_GRACE => Turn::STAY,
+            _ if spent >= self.limit => self.out_of_time(),
             Phase::Choosing { not_before } if now >= *not_before => Turn::just(Step::Choose),
             Phase::Offered { worker, attempt, since } if now.saturating_sub(*since) >= OFFER_PATIENCE => {
                 let (worker, attempt) = (worker.clone(), *attempt);
@@ -402,6 +394,13 @@ impl Caller {
         }
         self.phase = Phase::Ended;
         Turn::just(Step::End(Box::new(error.or_outcome(outcome))))
+    }
+
+    fn out_of_time(&mut self) -> Turn {
+        let outcome = self.outcome();
+        let withdraw = self.worker().cloned().zip(self.attempt());
+        let late = self.late();
+        Turn { withdraw, ..self.end(late, outcome) }
     }
 
     fn late(&self) -> WorkerError {
