@@ -39,8 +39,8 @@ impl Backend {
         match &settings.bus {
             None => {
                 let program = supervisor::this_program();
-                let worker =
-                    Worker::open(vault.clone(), program, Boot::Everything, &settings.packages).await?;
+                let (packages, remote) = (&settings.packages, &settings.remote);
+                let worker = Worker::open(vault.clone(), program, Boot::Everything, packages, remote).await?;
                 worker.serve_jobs(Arc::clone(&worker) as Arc<dyn WorkerApi>);
                 Ok(Backend::Here(worker))
             }

@@ -55,7 +55,11 @@ impl Problem {
 
     /// The status of the answer.
     pub fn status(&self) -> StatusCode {
-        status(self.error.code)
+        match self.error.code {
+            // Said of a call it is the remote server's name that leads there, not what the caller sent.
+            ErrorCode::BlockedAddress if self.error.outcome.is_some() => StatusCode::BAD_GATEWAY,
+            code => status(code),
+        }
     }
 
     /// The closed code.
@@ -123,7 +127,13 @@ pub fn status(code: ErrorCode) -> StatusCode {
         | ErrorCode::InvalidJson
         | ErrorCode::InvalidServerName
         | ErrorCode::InvalidPackageName
+        | ErrorCode::InvalidUrl
+        | ErrorCode::InvalidHeader
+        | ErrorCode::BlockedAddress
+        | ErrorCode::InvalidState
         | ErrorCode::InvalidArguments => StatusCode::BAD_REQUEST,
+        ErrorCode::ReauthRequired => StatusCode::UNAUTHORIZED,
+        ErrorCode::UpstreamRateLimited => StatusCode::TOO_MANY_REQUESTS,
         ErrorCode::HostNotAllowed | ErrorCode::OriginNotAllowed | ErrorCode::BuiltinServer => {
             StatusCode::FORBIDDEN
         }
@@ -153,6 +163,12 @@ pub fn status(code: ErrorCode) -> StatusCode {
         | ErrorCode::ServerStopped
         | ErrorCode::ServerProtocolError
         | ErrorCode::McpError
+        | ErrorCode::LoginFailed
+        | ErrorCode::UpstreamUnavailable
+        | ErrorCode::UpstreamTls
+        | ErrorCode::UpstreamRedirect
+        | ErrorCode::UpstreamProtocolError
+        | ErrorCode::UpstreamLost
         | ErrorCode::InstallFailed
         | ErrorCode::IntegrityMismatch
         | ErrorCode::RegistryUnavailable

@@ -22,6 +22,7 @@ use mcp_shared::{
     ids::{ServerName, UserId, WorkerId},
     limits,
     package::{Latest, LatestQuery},
+    remote::{RemoteAnswer, RemoteAsk},
     worker_api::{CallContext, CallStream, Change, ServerReport, ToolCall, WorkerApi},
 };
 use tokio::sync::{Notify, Semaphore, mpsc, oneshot, watch};
@@ -311,6 +312,10 @@ impl WorkerApi for Router {
 
     async fn latest(&self, packages: Vec<LatestQuery>) -> Result<Vec<Latest>, WorkerError> {
         self.inner.latest(packages).await
+    }
+
+    async fn remote(&self, ask: RemoteAsk) -> Result<RemoteAnswer, WorkerError> {
+        self.inner.remote(ask).await
     }
 
     async fn fleet(&self) -> Result<Fleet, WorkerError> {

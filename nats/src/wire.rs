@@ -14,6 +14,7 @@ use mcp_shared::{
     hosting::{CallOffer, Refusal},
     ids::{RequestId, ServerName, UserId, WorkerId},
     package::LatestQuery,
+    remote::RemoteAsk,
     worker_api::Change,
 };
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::DeserializeOwned};
@@ -123,6 +124,11 @@ pub enum Ask {
     Latest {
         /// Which ones.
         packages: Vec<LatestQuery>,
+    },
+    /// Do something about a remote server.
+    Remote {
+        /// What.
+        ask: RemoteAsk,
     },
     /// Something was changed in the store.
     Invalidate {

@@ -19,6 +19,7 @@ mod dotenv;
 mod mongo;
 mod packages;
 mod parse;
+mod remote;
 mod table;
 mod variables;
 
@@ -29,6 +30,7 @@ pub use bus::{BusLogin, BusServer, BusSettings, BusTls};
 pub use mongo::{MongoLogin, MongoSettings, StoreSettings};
 pub use packages::{InstallOnStart, PackageSettings};
 pub use parse::ListenHost;
+pub use remote::{GoogleCredentials, RemoteSettings};
 pub use table::VARIABLES;
 pub use variables::{Group, Since, Variable, find, help_text, markdown_table};
 
@@ -114,6 +116,8 @@ pub struct Settings {
     pub legacy: Option<LegacyMode>,
     /// How packages are installed.
     pub packages: PackageSettings,
+    /// Remote servers, and logins to them.
+    pub remote: RemoteSettings,
     /// Whether to log at debug level.
     pub debug: bool,
     /// How log lines look.
@@ -236,6 +240,7 @@ impl Settings {
             reader.problem("HOST", message);
         }
 
+        let remote = reader.remote();
         let (
             Some(host),
             Some(port),
@@ -286,6 +291,7 @@ impl Settings {
             secrets_keys_file,
             legacy,
             packages,
+            remote,
             debug,
             log_format,
             log_filter,

@@ -55,6 +55,10 @@ error_codes! {
     InvalidJson = "invalid_json", retryable false, "The body is not JSON, or is nested too deeply.";
     InvalidServerName = "invalid_server_name", retryable false, "The server's name is not one that a server can have.";
     InvalidArguments = "invalid_arguments", retryable false, "The MCP server refused the arguments (JSON-RPC -32602).";
+    InvalidUrl = "invalid_url", retryable false, "A URL is not an `http` or `https` one, or has a user name, a password or a fragment.";
+    InvalidHeader = "invalid_header", retryable false, "A header has a name or a value that a remote server cannot be sent.";
+    BlockedAddress = "blocked_address", retryable false, "The address is private, local or reserved, and not in `EGRESS_ALLOW`.";
+    InvalidState = "invalid_state", retryable false, "The login was not begun here, is over, was used before, or belongs to another browser.";
     UnsupportedMediaType = "unsupported_media_type", retryable false, "The body must be sent as `application/json`.";
     UriTooLong = "uri_too_long", retryable false, "The request's address is longer than any that the API has.";
     HeadersTooLarge = "headers_too_large", retryable false, "The request has too many headers, or too large ones.";
@@ -88,6 +92,14 @@ error_codes! {
     ServerCrashed = "server_crashed", retryable true, "The server's process ended while the call was in flight.";
     ServerStopped = "server_stopped", retryable true, "The server was stopped or restarted while the call was in flight.";
     ServerProtocolError = "server_protocol_error", retryable false, "The server's answer was not a valid MCP answer.";
+    ReauthRequired = "reauth_required", retryable false, "The user has to log in to the remote server (again); `loginUrl` begins that.";
+    LoginFailed = "login_failed", retryable true, "The remote server or its authorization server did not go along with the login.";
+    UpstreamUnavailable = "upstream_unavailable", retryable true, "The remote server cannot be reached, or said that it takes no calls right now.";
+    UpstreamTls = "upstream_tls", retryable false, "The remote server's certificate is not valid for it.";
+    UpstreamRateLimited = "upstream_rate_limited", retryable true, "The remote server takes no more calls of this user for a while.";
+    UpstreamRedirect = "upstream_redirect", retryable false, "The remote server answered with a redirect, which is not followed.";
+    UpstreamProtocolError = "upstream_protocol_error", retryable false, "The remote server's answer was not one of MCP.";
+    UpstreamLost = "upstream_lost", retryable true, "The connection was lost while the call was in flight; whether the remote server did it is unknown.";
     ToolNotFound = "tool_not_found", retryable false, "The MCP server has no such tool (JSON-RPC -32601).";
     McpError = "mcp_error", retryable false, "The MCP server answered with a JSON-RPC error; `mcpCode` has its code.";
     ResultTooLarge = "result_too_large", retryable false, "The server's answer was larger than a result may be.";

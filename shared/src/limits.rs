@@ -142,6 +142,27 @@ table! {
     LATEST_MEMORY: Duration = Duration::from_secs(300);
     /// Registries that are asked at the same time.
     LATEST_LOOKUPS: usize = 4;
+    /// Users of one remote server that one worker is connected for at the same time.
+    REMOTE_USERS: usize = 4_096;
+    /// How long a remote server may take to accept a connection, TLS included.
+    REMOTE_CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+    /// How long a remote server may leave a message unfinished that it has begun to send.
+    REMOTE_STALL: Duration = Duration::from_secs(30);
+    /// Bytes that a remote server may send in answer to one request, streams included.
+    REMOTE_ANSWER_BYTES: usize = 32 * 1024 * 1024;
+    /// How long a remote server has to hear that a session is over.
+    REMOTE_FAREWELL: Duration = Duration::from_secs(5);
+    /// How long a worker may take for what it is asked about a remote server.
+    REMOTE_ASK_TIMEOUT: Duration = Duration::from_secs(60);
+    /// How long one request to an authorization server may take.
+    OAUTH_TIMEOUT: Duration = Duration::from_secs(15);
+    /// Bytes of an authorization server's answer.
+    OAUTH_ANSWER_BYTES: usize = 1024 * 1024;
+    /// How long before its end an access token is refreshed; half of its life if that is shorter.
+    OAUTH_REFRESH_AHEAD: Duration = Duration::from_secs(60);
+    /// A worker that claimed a refresh and has not written its result for this long is lost: another may
+    /// refresh. Longer than a refresh may take.
+    OAUTH_REFRESH_TAKEOVER: Duration = Duration::from_secs(40);
     /// For how long after it was granted a slot counts as the wait that routers see.
     SLOT_WAIT_SHOWN: Duration = Duration::from_secs(1);
     /// How long a client may take to send the head of a request.

@@ -9,6 +9,7 @@ use crate::{
     ids::{SecretName, ServerName},
     limits,
     package::PackageRef,
+    remote::{GivenClient, Reconnection},
     timestamp::Timestamp,
 };
 
@@ -136,6 +137,9 @@ pub struct ServerRecord {
     /// Connections on one worker.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub instances: Option<u32>,
+    /// For a remote server: what its authorization server knows us by, where an operator registered us.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub oauth_client: Option<GivenClient>,
     /// The installed package that it runs, if it was installed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub package: Option<PackageRef>,
@@ -189,6 +193,27 @@ impl ServerRecord {
         }
     }
 
+    /// Whether it runs somewhere else, and is reached over HTTP.
+    pub fn is_remote(&self) -> bool {
+        matches!(self.transport, Transport::StreamableHttp { .. })
+    }
+
+    /// Whether every user has processes or connections of their own. A remote server knows users by what is
+    /// sent along with their requests, so that no two share a connection to it.
+    pub fn is_per_user(&self) -> bool {
+        self.isolation == Isolation::PerUser || self.is_remote()
+    }
+
+    /// How a remote server's broken streams are taken up again.
+    pub fn reconnection(&self) -> Reconnection {
+        match &self.transport {
+            Transport::StreamableHttp { reconnection_options, .. } => {
+                Reconnection::of(reconnection_options.as_ref())
+            }
+            Transport::Stdio { .. } => Reconnection::default(),
+        }
+    }
+
     /// How long start and tool discovery may take.
     pub fn startup_limit(&self) -> Duration {
         bounded(self.startup_timeout, limits::STARTUP_TIMEOUT, limits::STARTUP_TIMEOUT_MAX)
@@ -208,11 +233,11 @@ impl ServerRecord {
 
     /// After how long without a call a process is stopped; `None`: never.
     pub fn idle_limit(&self) -> Option<Duration> {
-        match (self.idle_timeout, self.isolation) {
+        match (self.idle_timeout, self.is_per_user()) {
             (Some(0), _) => None,
             (Some(millis), _) => Some(Duration::from_millis(millis)),
-            (None, Isolation::PerUser) => Some(limits::PER_USER_IDLE_TIMEOUT),
-            (None, Isolation::Shared) => None,
+            (None, true) => Some(limits::PER_USER_IDLE_TIMEOUT),
+            (None, false) => None,
         }
     }
 
@@ -223,8 +248,8 @@ impl ServerRecord {
 
     /// Connections on one worker. A singleton and a user's own process are one.
     pub fn instance_limit(&self) -> usize {
-        match (self.scaling, self.isolation) {
-            (Scaling::Replicated, Isolation::Shared) => {
+        match (self.scaling, self.is_per_user()) {
+            (Scaling::Replicated, false) => {
                 self.instances.map_or(1, |n| usize::try_from(n).unwrap_or(usize::MAX)).max(1)
             }
             _ => 1,
@@ -239,6 +264,7 @@ impl ServerRecord {
             || self.isolation != next.isolation
             || self.scaling != next.scaling
             || self.secret_env != next.secret_env
+            || self.oauth_client != next.oauth_client
             || self.concurrency_limit() != next.concurrency_limit()
             || self.instance_limit() != next.instance_limit()
     }

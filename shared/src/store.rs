@@ -119,11 +119,27 @@ pub enum Collection {
     PackageLocks,
     /// The installation under way, or the last one, of each server (`jobs`).
     Jobs,
+    /// Users' sessions with remote servers (`mcpUserSessions`, which mcp-api has too).
+    Sessions,
+    /// Users' OAuth tokens for remote servers (`mcpOAuthTokens`, which mcp-api has too).
+    OAuthTokens,
+    /// What this deployment is known by to authorization servers (`mcpDcrClients`, which mcp-api has too).
+    OAuthClients,
+    /// Logins that were begun (`oauthLogins`).
+    OAuthLogins,
 }
 
 impl Collection {
     /// All of them.
-    pub const ALL: [Collection; 3] = [Collection::Packages, Collection::PackageLocks, Collection::Jobs];
+    pub const ALL: [Collection; 7] = [
+        Collection::Packages,
+        Collection::PackageLocks,
+        Collection::Jobs,
+        Collection::Sessions,
+        Collection::OAuthTokens,
+        Collection::OAuthClients,
+        Collection::OAuthLogins,
+    ];
 
     /// Its name in the database.
     pub fn name(self) -> &'static str {
@@ -131,6 +147,10 @@ impl Collection {
             Collection::Packages => "packages",
             Collection::PackageLocks => "packageLocks",
             Collection::Jobs => "jobs",
+            Collection::Sessions => "mcpUserSessions",
+            Collection::OAuthTokens => "mcpOAuthTokens",
+            Collection::OAuthClients => "mcpDcrClients",
+            Collection::OAuthLogins => "oauthLogins",
         }
     }
 
@@ -140,6 +160,10 @@ impl Collection {
             Collection::Packages => "mcpServerId",
             Collection::PackageLocks => "generation",
             Collection::Jobs => "serverName",
+            Collection::Sessions
+            | Collection::OAuthTokens
+            | Collection::OAuthClients
+            | Collection::OAuthLogins => "key",
         }
     }
 
@@ -211,8 +235,8 @@ pub trait Store: Send + Sync + 'static {
     async fn replace_server(&self, server: &SealedServer, expected: Revision)
     -> Result<Revision, StoreError>;
 
-    /// Removes a server and all that belongs to it: users' secrets and listed tools. Says whether
-    /// there was one. Repeating it after a crash completes it.
+    /// Removes a server and all that belongs to it: users' secrets, tokens and sessions, and listed tools.
+    /// Says whether there was one. Repeating it after a crash completes it.
     async fn delete_server(&self, name: &ServerName) -> Result<bool, StoreError>;
 
     /// Sets a secret. [`StoreError::NotFound`] when its server does not exist;
@@ -262,6 +286,13 @@ pub trait Store: Send + Sync + 'static {
         &self,
         collection: Collection,
         active: bool,
+    ) -> Result<Vec<Versioned<Document>>, StoreError>;
+
+    /// The documents of a collection whose field `serverName` is this one.
+    async fn documents_of(
+        &self,
+        collection: Collection,
+        server: &ServerName,
     ) -> Result<Vec<Versioned<Document>>, StoreError>;
 
     /// One document by its key.

@@ -18,6 +18,7 @@ use crate::{
 };
 
 mod packages;
+mod remote;
 
 /// The fact that holds the salt of the passphrase.
 const SALT_FACT: &str = "argon2-salt";

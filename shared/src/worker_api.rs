@@ -13,6 +13,7 @@ use crate::{
     ids::{RequestId, ServerName, ToolName, UserId, WorkerId},
     json::RawJson,
     package::{Latest, LatestQuery},
+    remote::{RemoteAnswer, RemoteAsk},
     timestamp::Timestamp,
 };
 
@@ -179,6 +180,14 @@ pub enum Change {
         /// Under which name.
         name: crate::ids::SecretName,
     },
+    /// A user's tokens for a remote server were set or removed by somebody, or the user's session was: what
+    /// is connected for that user is of another login.
+    Login {
+        /// Whose.
+        user: UserId,
+        /// For which server.
+        server: ServerName,
+    },
 }
 
 /// What a gateway asks of workers. One implementation runs in process, the other speaks over NATS;
@@ -215,6 +224,9 @@ pub trait WorkerApi: Send + Sync + 'static {
 
     /// The latest versions of packages, looked up side by side, in the order of the questions.
     async fn latest(&self, packages: Vec<LatestQuery>) -> Result<Vec<Latest>, WorkerError>;
+
+    /// Has a worker, whichever, do something about a remote server.
+    async fn remote(&self, ask: RemoteAsk) -> Result<RemoteAnswer, WorkerError>;
 
     /// The nodes that are heard.
     async fn fleet(&self) -> Result<Fleet, WorkerError>;

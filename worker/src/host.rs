@@ -7,7 +7,7 @@ use std::{
 };
 
 use mcp_shared::{
-    config::PackageSettings,
+    config::{PackageSettings, RemoteSettings},
     ids::{SecretName, UserId, WorkerId},
     server::{Isolation, Scaling, ServerRecord},
     store::SealedSecret,
@@ -20,6 +20,8 @@ use zeroize::Zeroizing;
 
 use crate::{
     leases::{Hold, Leases},
+    oauth::OAuth,
+    outgoing::Outgoing,
     packages::Packages,
     secrets::SecretCache,
     supervisor::Supervisor,
@@ -50,6 +52,10 @@ pub struct Host {
     pub supervisor: Supervisor,
     /// What is installed here.
     pub packages: Arc<Packages>,
+    /// Sends requests to other machines.
+    pub http: Outgoing,
+    /// Users' tokens for remote servers.
+    pub oauth: OAuth,
     /// Every task of this worker.
     pub tasks: TaskTracker,
     /// Set when the worker takes no more calls.
@@ -79,17 +85,27 @@ pub struct SecretEnv {
 
 impl Host {
     /// A worker's means. `executable` can be run as a supervisor.
-    pub fn new(vault: Vault, executable: PathBuf, boot: Boot, packages: &PackageSettings) -> Self {
+    pub fn new(
+        vault: Vault,
+        executable: PathBuf,
+        boot: Boot,
+        packages: &PackageSettings,
+        remote: &RemoteSettings,
+    ) -> Self {
+        let http = Outgoing::new(remote.egress.clone());
         let worker_id = WorkerId::generate();
         let tasks = TaskTracker::new();
         let leases = (boot == Boot::OnDemand)
             .then(|| Leases::new(Arc::clone(vault.store()), worker_id.clone(), tasks.clone()));
+        let oauth = OAuth::new(vault.clone(), http.clone(), worker_id.clone(), remote);
         Self {
             worker_id,
             secrets: SecretCache::new(vault.clone()),
-            vault,
             supervisor: Supervisor::new(executable),
             packages: Arc::new(Packages::new(packages)),
+            oauth,
+            http,
+            vault,
             tasks,
             draining: CancellationToken::new(),
             stopping: CancellationToken::new(),
@@ -101,7 +117,9 @@ impl Host {
 
     /// What is to be asked before a group of processes runs; `None`: nothing.
     pub fn hold(&self, record: &ServerRecord, user: Option<&UserId>) -> Option<Hold> {
-        let once = record.isolation == Isolation::PerUser || record.scaling == Scaling::Singleton;
+        // Any number of workers may be connected to a remote server for one user.
+        let own_process = record.isolation == Isolation::PerUser && !record.is_remote();
+        let once = own_process || record.scaling == Scaling::Singleton;
         self.leases.as_ref().filter(|_| once).map(|leases| leases.hold(&record.name, user))
     }
 

@@ -8,7 +8,6 @@ use mcp_shared::{
     fleet::{NodeReport, ServerLoad},
     hosting::{CallOffer, Hosting, Refusal, Reservation},
     ids::ServerName,
-    server::Isolation,
     worker_api::CallContext,
 };
 use tokio::sync::watch;
@@ -57,13 +56,14 @@ impl Hosting for Worker {
         let entries = self.entries();
         let runs_always = entries.iter().filter(|entry| {
             let record = current(&entry.record);
-            record.enabled && record.isolation == Isolation::Shared && record.idle_limit().is_none()
+            record.enabled && !record.is_per_user() && record.idle_limit().is_none()
         });
         runs_always.map(|entry| (entry.name.clone(), entry.runs_shared())).collect()
     }
 
     async fn resync(&self) -> Result<(), WorkerError> {
         self.host.secrets.forget_all();
+        self.host.oauth.forget_all();
         let stored = self.host.vault.servers().await?;
         let mut listings = stored_listings(&self.host.vault).await?;
         let mut names: HashSet<ServerName> = self.entries().iter().map(|entry| entry.name.clone()).collect();
@@ -103,14 +103,14 @@ impl Hosting for Worker {
 }
 
 impl Worker {
-    /// Enabled servers with a process for each user.
+    /// Enabled servers with a process or connection for each user.
     fn per_user(&self) -> Vec<ServerName> {
         let entries = self.entries();
         let mut names: Vec<_> = entries
             .iter()
             .filter(|entry| {
                 let record = current(&entry.record);
-                record.enabled && record.isolation == Isolation::PerUser
+                record.enabled && record.is_per_user()
             })
             .map(|entry| entry.name.clone())
             .collect();

@@ -10,6 +10,8 @@ mod instance;
 mod leases;
 mod logs;
 mod mcp;
+mod oauth;
+mod outgoing;
 pub mod packages;
 pub mod program;
 mod registry;

@@ -138,8 +138,9 @@ async fn start(
 ) -> Result<(Arc<Worker>, Bus), NodeError> {
     let vault = node::open(settings, stop).await?;
     health.store(&vault);
-    let worker =
-        Worker::open(vault.clone(), supervisor::this_program(), Boot::OnDemand, &settings.packages).await?;
+    let (packages, remote) = (&settings.packages, &settings.remote);
+    let program = supervisor::this_program();
+    let worker = Worker::open(vault.clone(), program, Boot::OnDemand, packages, remote).await?;
     let bus = node::patiently(settings, stop, async || Bus::connect(bus, &worker).await).await?;
     vault.record_key().await?;
     worker.serve_jobs(bus.fleet());

@@ -84,29 +84,26 @@ impl Entry {
         if groups.removed {
             return Err(WorkerError::server_not_found(&self.name).outcome(Outcome::NotStarted));
         }
-        match record.isolation {
-            Isolation::Shared => {
-                Ok(Arc::clone(groups.shared.get_or_insert_with(|| self.new_group(None, host))))
-            }
-            Isolation::PerUser => {
-                if let Some(group) = groups.users.get(user) {
-                    return Ok(Arc::clone(group));
-                }
-                if groups.users.len() >= limits::PER_USER_PROCESSES {
-                    // Users whose process sleeps make room.
-                    groups.users.retain(|_, group| !group.dismiss());
-                }
-                if groups.users.len() >= limits::PER_USER_PROCESSES {
-                    let text = format!("Server {} runs for as many users as it may", self.name);
-                    return Err(WorkerError::new(ErrorCode::Overloaded, text)
-                        .outcome(Outcome::NotStarted)
-                        .retry_after(Duration::from_secs(10)));
-                }
-                let group = self.new_group(Some(user.clone()), host);
-                groups.users.insert(user.clone(), Arc::clone(&group));
-                Ok(group)
-            }
+        if !record.is_per_user() {
+            return Ok(Arc::clone(groups.shared.get_or_insert_with(|| self.new_group(None, host))));
         }
+        if let Some(group) = groups.users.get(user) {
+            return Ok(Arc::clone(group));
+        }
+        let limit = if record.is_remote() { limits::REMOTE_USERS } else { limits::PER_USER_PROCESSES };
+        if groups.users.len() >= limit {
+            // Users whose process sleeps make room.
+            groups.users.retain(|_, group| !group.dismiss());
+        }
+        if groups.users.len() >= limit {
+            let text = format!("Server {} runs for as many users as it may", self.name);
+            return Err(WorkerError::new(ErrorCode::Overloaded, text)
+                .outcome(Outcome::NotStarted)
+                .retry_after(Duration::from_secs(10)));
+        }
+        let group = self.new_group(Some(user.clone()), host);
+        groups.users.insert(user.clone(), Arc::clone(&group));
+        Ok(group)
     }
 
     /// Refuses what a disabled server cannot do.
@@ -124,7 +121,7 @@ impl Entry {
     pub fn want_running(self: &Arc<Self>, host: &Arc<Host>) {
         let record = current(&self.record);
         if record.enabled
-            && record.isolation == Isolation::Shared
+            && !record.is_per_user()
             && let Ok(group) = self.group(&UserId::default(), host)
         {
             group.want_running();
@@ -181,7 +178,7 @@ impl Entry {
             self.replace_beside(host).await;
         } else if !keep {
             let next = current(&self.record);
-            let again = again && next.enabled && next.isolation == Isolation::Shared;
+            let again = again && next.enabled && !next.is_per_user();
             let same_lease =
                 |group: &Group| again && group.user.is_none() && next.scaling == Scaling::Singleton;
             // An upgrade is no reason to cut a call short that takes no longer than most may.
@@ -392,7 +389,7 @@ impl Entry {
 /// both versions may run at the same time.
 fn may_run_beside(old: &ServerRecord, new: &ServerRecord) -> bool {
     let alike = |record: &ServerRecord| {
-        (record.enabled, record.isolation, record.scaling) == (true, Isolation::Shared, Scaling::Replicated)
+        record.enabled && !record.is_per_user() && record.scaling == Scaling::Replicated
     };
     alike(old) && alike(new) && new.package.is_some() && old.package != new.package
 }

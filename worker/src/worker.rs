@@ -9,7 +9,7 @@ use std::{
 
 use async_trait::async_trait;
 use mcp_shared::{
-    config::PackageSettings,
+    config::{PackageSettings, RemoteSettings},
     error::{ErrorCode, Outcome, WorkerError},
     fleet::{Fleet, NodeReport, NodeView, Role},
     hosting::{CallOffer, Hosting, Placing, Refusal, Reservation},
@@ -17,6 +17,7 @@ use mcp_shared::{
     json::RawJson,
     limits,
     package::{Latest, LatestQuery},
+    remote::{RemoteAnswer, RemoteAsk},
     server::Isolation,
     vault::{Vault, VaultError},
     worker_api::{CallContext, CallEvent, CallStream, Change, ServerReport, ToolCall, WorkerApi},
@@ -57,10 +58,11 @@ impl Worker {
         executable: PathBuf,
         boot: Boot,
         packages: &PackageSettings,
+        remote: &RemoteSettings,
     ) -> Result<Arc<Self>, VaultError> {
         let servers = vault.servers().await?;
         let mut listings = stored_listings(&vault).await?;
-        let host = Arc::new(Host::new(vault, executable, boot, packages));
+        let host = Arc::new(Host::new(vault, executable, boot, packages, remote));
         let entries: HashMap<_, _> = servers
             .into_iter()
             .map(|server| {
@@ -212,10 +214,15 @@ impl Worker {
         Ok(Reservation::new(held, arguments_sender, CallStream::new(receiver, guard), limit))
     }
 
+    /// Tells a remote server that its sessions are over.
+    async fn end_sessions(&self, _server: &ServerName) -> Result<(), WorkerError> {
+        Ok(())
+    }
+
     async fn wait_running(&self, entry: &Arc<Entry>, user: &UserId) -> Result<ServerReport, WorkerError> {
         let record = current(&entry.record);
         entry.check_enabled(&record)?;
-        if record.isolation == Isolation::PerUser {
+        if record.isolation == Isolation::PerUser && !record.is_remote() {
             let missing =
                 self.host.secret_env(Some(user), &record).await.is_ok_and(|env| !env.missing.is_empty());
             if missing {
@@ -270,6 +277,13 @@ impl WorkerApi for Worker {
                 }
                 Ok(())
             }
+            Change::Login { user, server } => {
+                self.host.oauth.forget(&user, &server);
+                if let Ok(entry) = self.entry(&server) {
+                    entry.stop(Some(user), &self.host).await;
+                }
+                Ok(())
+            }
         }
     }
 
@@ -296,6 +310,16 @@ impl WorkerApi for Worker {
 
     async fn latest(&self, packages: Vec<LatestQuery>) -> Result<Vec<Latest>, WorkerError> {
         Ok(self.host.packages.latest(packages, &self.host).await)
+    }
+
+    async fn remote(&self, ask: RemoteAsk) -> Result<RemoteAnswer, WorkerError> {
+        match ask {
+            RemoteAsk::EndSessions { server } => {
+                self.end_sessions(&server).await?;
+                Ok(RemoteAnswer::Done)
+            }
+            ask => self.host.oauth.answer(ask).await,
+        }
     }
 
     async fn fleet(&self) -> Result<Fleet, WorkerError> {

@@ -62,6 +62,7 @@ pub fn plain(name: ServerName, transport: Transport) -> ServerRecord {
         startup_timeout: None,
         tool_timeout: None,
         idle_timeout: None,
+        oauth_client: None,
         isolation: Isolation::default(),
         scaling: Scaling::default(),
         secret_env: BTreeMap::new(),

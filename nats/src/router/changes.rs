@@ -36,6 +36,7 @@ impl Inner {
         let noun = match &change {
             Change::Server { .. } => "server",
             Change::Secret { .. } => "secret",
+            Change::Login { .. } => "login",
         };
         let ask = Ask::Invalidate { change: change.clone() };
         let manners = Manners {

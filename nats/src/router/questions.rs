@@ -10,8 +10,10 @@ use mcp_shared::{
     ids::{ServerName, UserId, WorkerId},
     limits,
     package::{Latest, LatestQuery},
+    remote::{RemoteAnswer, RemoteAsk},
     worker_api::{ServerReport, ServerStatus},
 };
+use serde::de::DeserializeOwned;
 use tokio::{
     sync::mpsc,
     time::{Instant, timeout_at},
@@ -240,20 +242,36 @@ impl Inner {
         self: &Arc<Self>,
         packages: Vec<LatestQuery>,
     ) -> Result<Vec<Latest>, WorkerError> {
+        self.ask_one(&Ask::Latest { packages }, 4 * limits::LATEST_TIMEOUT, true).await
+    }
+
+    /// Has one worker do something about a remote server. What may be done only once is not asked again of
+    /// another worker when one has said nothing.
+    pub(super) async fn remote(self: &Arc<Self>, ask: RemoteAsk) -> Result<RemoteAnswer, WorkerError> {
+        let again = !matches!(ask, RemoteAsk::FinishLogin { .. });
+        self.ask_one(&Ask::Remote { ask }, limits::REMOTE_ASK_TIMEOUT, again).await
+    }
+
+    /// Asks one worker, and another one if nobody answers in its name, or (with `again`) if it says nothing.
+    async fn ask_one<T: DeserializeOwned>(
+        self: &Arc<Self>,
+        ask: &Ask,
+        whole: Duration,
+        again: bool,
+    ) -> Result<T, WorkerError> {
         if !self.is_up() {
             return Err(bus_unavailable());
         }
         let mut workers = self.fleet().staying(self.bus.now());
-        let ask = Ask::Latest { packages };
-        let whole = 4 * limits::LATEST_TIMEOUT;
         let manners = Manners { again: None, first: PATIENCE, whole };
         while !workers.is_empty() {
             let worker = workers.swap_remove(self.draw(workers.len()));
-            match self.question(&worker, &ask, &manners).await {
+            match self.question(&worker, ask, &manners).await {
                 Ok(answer) => return serde_json::from_slice(&answer).map_err(WorkerError::internal),
                 Err(Unanswered::Failed(error)) => return Err(error),
                 Err(Unanswered::Gone) => self.fleet_mut().silent(&worker),
-                Err(Unanswered::Silent) => {}
+                Err(Unanswered::Silent) if again => {}
+                Err(Unanswered::Silent) => break,
             }
         }
         Err(no_worker())

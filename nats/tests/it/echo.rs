@@ -17,6 +17,7 @@ use mcp_shared::{
     json::RawJson,
     limits,
     package::{Latest, LatestQuery},
+    remote::{RemoteAnswer, RemoteAsk},
     timestamp::Timestamp,
     worker_api::{
         CallContext, CallEvent, CallStream, Change, ServerReport, ServerStatus, ToolCall, WorkerApi,
@@ -246,6 +247,10 @@ impl WorkerApi for Echo {
 
     async fn latest(&self, packages: Vec<LatestQuery>) -> Result<Vec<Latest>, WorkerError> {
         Ok(packages.into_iter().map(|package| Latest::Version(package.name)).collect())
+    }
+
+    async fn remote(&self, _: RemoteAsk) -> Result<RemoteAnswer, WorkerError> {
+        Ok(RemoteAnswer::Done)
     }
 
     async fn fleet(&self) -> Result<Fleet, WorkerError> {

@@ -138,14 +138,6 @@ pub const VARIABLES: &[Variable] = &[
         "SearXNG instance URL for the built-in web search tool.",
     ),
     plain(
-        "EGRESS_ALLOW",
-        "",
-        Group::Packages,
-        Since::Later,
-        "Hosts and networks, comma-separated, that requests steered by users may reach although they are \
-         private.",
-    ),
-    plain(
         "PYTHON_BIN",
         "",
         Group::Packages,
@@ -161,11 +153,27 @@ pub const VARIABLES: &[Variable] = &[
     ),
     secret("PIP_INDEX_URL", "", Group::Packages, Since::Now, "Custom PyPI index URL for pip."),
     secret("PIP_EXTRA_INDEX_URL", "", Group::Packages, Since::Now, "Additional PyPI index URL for pip."),
+    plain(
+        "EGRESS_ALLOW",
+        "",
+        Group::Remote,
+        Since::Now,
+        "Hosts, *.domains, addresses and networks, comma-separated, that requests steered by users may reach \
+         although they are private or local.",
+    ),
+    plain(
+        "PUBLIC_URL",
+        "",
+        Group::Remote,
+        Since::Now,
+        "Where browsers reach this program, such as https://mcp.example.com: authorization servers send \
+         users back to /auth/callback below it. Unset: the address that the browser's request names.",
+    ),
     secret(
         "GOOGLE_OAUTH_CREDENTIALS",
         "",
-        Group::Packages,
-        Since::Later,
+        Group::Remote,
+        Since::Now,
         "Full Google OAuth credentials JSON (single-line string) for the Stdio OAuth2 flow.",
     ),
     secret(

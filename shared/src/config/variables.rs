@@ -26,14 +26,23 @@ pub enum Group {
     Logging,
     /// Packages and built-in tools.
     Packages,
+    /// Remote servers and logins to them.
+    Remote,
     /// Many machines, and MongoDB.
     Cluster,
 }
 
 impl Group {
     /// All groups, in the order in which they are explained.
-    pub const ALL: &'static [Group] =
-        &[Group::Http, Group::Storage, Group::Secrets, Group::Logging, Group::Packages, Group::Cluster];
+    pub const ALL: &'static [Group] = &[
+        Group::Http,
+        Group::Storage,
+        Group::Secrets,
+        Group::Logging,
+        Group::Packages,
+        Group::Remote,
+        Group::Cluster,
+    ];
 
     /// The heading.
     pub fn title(self) -> &'static str {
@@ -43,6 +52,7 @@ impl Group {
             Group::Secrets => "Secrets",
             Group::Logging => "Logging",
             Group::Packages => "Packages and built-in tools",
+            Group::Remote => "Remote servers",
             Group::Cluster => "Clusters and MongoDB",
         }
     }

@@ -371,6 +371,18 @@ impl Store for MongoStore {
         self.run(self.database.all_documents(collection, active)).await
     }
 
+    async fn documents_of(
+        &self,
+        collection: super::Collection,
+        server: &ServerName,
+    ) -> Result<Vec<Versioned<super::Document>>, StoreError> {
+        let all = self.run(self.database.all_documents(collection, false)).await?;
+        Ok(all
+            .into_iter()
+            .filter(|one| one.value.get("serverName").and_then(|v| v.as_str()) == Some(server.as_str()))
+            .collect())
+    }
+
     async fn document(
         &self,
         collection: super::Collection,

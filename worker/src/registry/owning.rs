@@ -9,7 +9,6 @@ use mcp_shared::{
     ids::UserId,
     json::RawJson,
     limits,
-    server::Isolation,
     worker_api::ServerStatus,
 };
 use tokio::{
@@ -79,12 +78,9 @@ impl Entry {
 
     /// Whether this worker owns what serves a user.
     pub fn is_owned(&self, user: &UserId) -> bool {
-        let isolation = current(&self.record).isolation;
+        let per_user = current(&self.record).is_per_user();
         let groups = self.groups();
-        let group = match isolation {
-            Isolation::Shared => groups.shared.as_ref(),
-            Isolation::PerUser => groups.users.get(user),
-        };
+        let group = if per_user { groups.users.get(user) } else { groups.shared.as_ref() };
         group.is_some_and(|group| group.is_owned())
     }
 

@@ -59,7 +59,10 @@ impl Cluster {
         let link = Faulty::new(Arc::clone(&self.store) as Arc<dyn Store>);
         let vault = self.vault_on(Arc::clone(&link) as Arc<dyn Store>).await;
         let packages = PackageSettings::default();
-        let worker = Worker::open(vault, std::env::current_exe().unwrap(), boot, &packages).await.unwrap();
+        let worker =
+            Worker::open(vault, std::env::current_exe().unwrap(), boot, &packages, &Default::default())
+                .await
+                .unwrap();
         Node { worker, link }
     }
 

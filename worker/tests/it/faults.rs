@@ -173,6 +173,15 @@ impl Store for Faulty {
         self.pass(move |store| async move { store.documents(collection, active).await }).await
     }
 
+    async fn documents_of(
+        &self,
+        collection: Collection,
+        server: &ServerName,
+    ) -> Result<Vec<Versioned<Document>>, StoreError> {
+        let server = server.clone();
+        self.pass(move |store| async move { store.documents_of(collection, &server).await }).await
+    }
+
     async fn document(
         &self,
         collection: Collection,

@@ -335,6 +335,18 @@ impl Store for EmbeddedStore {
         Ok(rows.iter().filter_map(|row| row.value(collection).ok()).collect())
     }
 
+    async fn documents_of(
+        &self,
+        collection: Collection,
+        server: &ServerName,
+    ) -> Result<Vec<Versioned<store::Document>>, StoreError> {
+        let all = self.documents(collection, false).await?;
+        Ok(all
+            .into_iter()
+            .filter(|one| one.value.get("serverName").and_then(|v| v.as_str()) == Some(server.as_str()))
+            .collect())
+    }
+
     async fn document(
         &self,
         collection: Collection,

@@ -23,7 +23,7 @@ const UNREADABLE: &str = "a document cannot be read";
 fn dates(collection: Collection) -> &'static [&'static str] {
     match collection {
         Collection::Packages => &["installed", "lastUpgraded"],
-        Collection::PackageLocks | Collection::Jobs => &[],
+        _ => &[],
     }
 }
 

@@ -1,0 +1,122 @@
+//! Requests to other machines, all of them through the guard: no redirects, no proxies of the environment,
+//! no connection to an address that was not judged.
+
+use std::{error::Error, sync::Arc, time::Duration};
+
+use mcp_shared::{
+    egress::{Egress, EgressError},
+    limits, tls,
+};
+use reqwest::{
+    Client, Request, Response,
+    dns::{Addrs, Name, Resolve, Resolving},
+    redirect::Policy,
+};
+
+/// How long a connection that nobody uses is kept.
+const IDLE: Duration = Duration::from_secs(60);
+
+/// Sends requests. Cloning it is cheap, and all clones share their connections.
+#[derive(Debug, Clone)]
+pub struct Outgoing {
+    egress: Egress,
+    client: Result<Client, String>,
+}
+
+/// Why there is no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum SendError {
+    /// It was not sent: it would have gone where it may not, or nowhere.
+    #[error(transparent)]
+    Egress(EgressError),
+    /// It was not sent: nobody accepted the connection.
+    #[error("it cannot be reached")]
+    Unreachable(#[source] Box<dyn Error + Send + Sync>),
+    /// It was not sent: who answers is not who it should be.
+    #[error("its certificate is not valid")]
+    Tls(#[source] Box<dyn Error + Send + Sync>),
+    /// It was sent, in part or as a whole.
+    #[error("the connection was lost")]
+    Lost(#[source] Box<dyn Error + Send + Sync>),
+}
+
+/// Looks names up through the guard.
+struct Guarded(Egress);
+
+impl Resolve for Guarded {
+    fn resolve(&self, name: Name) -> Resolving {
+        let egress = self.0.clone();
+        Box::pin(async move {
+            let addresses = egress.addresses(name.as_str(), 0).await?;
+            Ok(Box::new(addresses.into_iter()) as Addrs)
+        })
+    }
+}
+
+impl Outgoing {
+    /// A sender behind this guard.
+    pub fn new(egress: Egress) -> Self {
+        tls::install_provider();
+        let client = Client::builder()
+            .user_agent(concat!("mcp-api/", env!("CARGO_PKG_VERSION")))
+            .no_proxy()
+            .redirect(Policy::none())
+            .referer(false)
+            .connect_timeout(limits::REMOTE_CONNECT_TIMEOUT)
+            .pool_idle_timeout(IDLE)
+            .dns_resolver(Arc::new(Guarded(egress.clone())))
+            .build()
+            // Without any trusted certificate on this machine, for one. Other servers can do without.
+            .map_err(|error| chain(&error));
+        Self { egress, client }
+    }
+
+    /// The guard.
+    pub fn egress(&self) -> &Egress {
+        &self.egress
+    }
+
+    /// Sends a request and waits for the head of the answer. The caller sees to the time.
+    pub async fn send(&self, request: Request) -> Result<Response, SendError> {
+        // An address in the URL is connected to without being looked up.
+        self.egress.check_url(request.url()).map_err(SendError::Egress)?;
+        let client = self.client.as_ref().map_err(|error| SendError::Unreachable(error.as_str().into()))?;
+        client.execute(request).await.map_err(classify)
+    }
+}
+
+fn classify(error: reqwest::Error) -> SendError {
+    let mut source: Option<&(dyn Error + 'static)> = Some(&error);
+    let mut tls = false;
+    while let Some(one) = source {
+        if let Some(refused) = one.downcast_ref::<EgressError>() {
+            return SendError::Egress(refused.clone());
+        }
+        tls |= one.is::<rustls::Error>()
+            // rustls' errors travel inside of those of the operating system's kind.
+            || one
+                .downcast_ref::<std::io::Error>()
+                .and_then(|io| io.get_ref())
+                .is_some_and(|inner| inner.is::<rustls::Error>());
+        source = one.source();
+    }
+    match error {
+        error if error.is_connect() && tls => SendError::Tls(error.without_url().into()),
+        error if error.is_connect() || error.is_builder() => {
+            SendError::Unreachable(error.without_url().into())
+        }
+        error => SendError::Lost(error.without_url().into()),
+    }
+}
+
+/// An error with its causes, for the log.
+pub fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}
