@@ -2,7 +2,9 @@
 // A test that cannot set up what it needs has failed, and a panic is how it says so.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+pub mod authorization;
 pub mod fixture;
+mod http;
 pub mod link;
 pub mod registry;
 pub mod services;
