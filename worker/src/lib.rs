@@ -15,6 +15,7 @@ mod outgoing;
 pub mod packages;
 pub mod program;
 mod registry;
+mod remote;
 mod secrets;
 pub mod supervisor;
 mod transport;
