@@ -108,13 +108,14 @@ fn insert(headers: &mut HeaderMap, name: HeaderName, value: &str) {
 
 /// A text as it can stand in a header: as it is, or wrapped where it would not survive.
 fn encoded(text: &str) -> String {
-    let at_edge = |c: Option<u8>| matches!(c, Some(b' ' | b'\t'));
-    let bytes = text.as_bytes();
-    let plain = bytes.iter().all(|byte| (0x20..=0x7e).contains(byte))
-        && !at_edge(bytes.first().copied())
-        && !at_edge(bytes.last().copied())
-        && !(text.starts_with("=?base64?") && text.ends_with("?="));
-    if plain { text.to_owned() } else { format!("=?base64?{}?=", BASE64_STANDARD.encode(text)) }
+    let visible = text.bytes().all(|byte| (0x20..=0x7e).contains(&byte));
+    let trimmed = text.starts_with(' ') || text.ends_with(' ');
+    let wrapped = text.starts_with("=?base64?") && text.ends_with("?=");
+    if visible && !trimmed && !wrapped {
+        text.to_owned()
+    } else {
+        format!("=?base64?{}?=", BASE64_STANDARD.encode(text))
+    }
 }
 
 #[cfg(test)]
