@@ -11,7 +11,7 @@ use std::{
 
 use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
-use mcp_shared::{json::RawJson, limits, remote::Reconnection};
+use mcp_shared::{error::ErrorCode, json::RawJson, limits, remote::Reconnection};
 use reqwest::Response;
 use secrecy::SecretString;
 use sse_stream::Sse;
@@ -173,17 +173,14 @@ impl Http {
         loop {
             let mut asked = None;
             match self.stream(last.as_ref()).await {
-                Ok(mut events) => loop {
-                    match events.next().await {
-                        Ok(event) => {
-                            attempt = 0;
-                            asked = asked_pause(&event).or(asked);
-                            last = event_id(&event).or(last);
-                            self.take(event).await;
-                        }
-                        Err(_) => break,
+                Ok(mut events) => {
+                    while let Ok(event) = events.next().await {
+                        attempt = 0;
+                        asked = asked_pause(&event).or(asked);
+                        last = event_id(&event).or(last);
+                        self.take(event).await;
                     }
-                },
+                }
                 Err(Failure::SessionLost) => return self.connection.break_off(),
                 // It offers no such stream, which it need not.
                 Err(Failure::Upstream(upstream))
@@ -223,7 +220,7 @@ impl Http {
     async fn exchange(&self, id: u64, payload: Payload) -> Result<(), Failure> {
         let streamable = self.messages.get().is_none();
         let (headers, body) = self.prepare(payload);
-        let response = self.endpoint.send(Method::POST, self.target(), &headers, Some(body)).await?;
+        let response = self.post(headers, body).await?;
         self.answered.notify_one();
         if response.status().is_success() && !streamable {
             // The answer comes on the one stream.
@@ -248,6 +245,25 @@ impl Http {
                 self.read_refusal(id, status, response).await
             }
             _ => Err(self.endpoint.refused(&response)),
+        }
+    }
+
+    /// Sends a request. A server that cannot be reached may just be starting again: it is tried as often as the
+    /// record says, and has seen nothing of the request meanwhile.
+    async fn post(&self, headers: HeaderMap, body: Bytes) -> Result<Response, Failure> {
+        let reconnection = self.endpoint.record.reconnection();
+        let mut attempt = 0;
+        loop {
+            let sent = self.endpoint.send(Method::POST, self.target(), &headers, Some(body.clone())).await;
+            match sent {
+                Err(Failure::Upstream(upstream))
+                    if upstream.error.code == ErrorCode::UpstreamUnavailable
+                        && upstream.status.is_none()
+                        && attempt < reconnection.max_retries => {}
+                sent => return sent,
+            }
+            sleep(reconnection.pause(attempt)).await;
+            attempt += 1;
         }
     }
 
