@@ -181,7 +181,7 @@ async fn begin(target: &Target<'_>) -> Result<(Arc<Http>, Connection, Attempt), 
     let refused = match mcp::initialize(&connection).await {
         Ok(version) => {
             http.set_version(&version);
-            mcp::initialized(&connection).await?;
+            initialized(&http).await?;
             return Ok((http, connection, attempt));
         }
         Err(refusal) => refusal,
@@ -203,8 +203,12 @@ async fn begin(target: &Target<'_>) -> Result<(Arc<Http>, Connection, Attempt), 
         Err(failure) => return Err(Refusal { text: refused.text, failure: Some(failure) }),
     }
     mcp::initialize(&connection).await?;
-    mcp::initialized(&connection).await?;
+    initialized(&http).await?;
     Ok((http, connection, attempt))
+}
+
+async fn initialized(http: &Http) -> Result<(), Refusal> {
+    http.initialized().await.map_err(|failure| Refusal::of("notifications/initialized", failure))
 }
 
 /// Whether a refusal would be the same in any dialect.
