@@ -97,7 +97,9 @@ impl Host {
         let tasks = TaskTracker::new();
         let leases = (boot == Boot::OnDemand)
             .then(|| Leases::new(Arc::clone(vault.store()), worker_id.clone(), tasks.clone()));
-        let oauth = OAuth::new(vault.clone(), http.clone(), worker_id.clone(), remote);
+        let stopping = CancellationToken::new();
+        let oauth =
+            OAuth::new(vault.clone(), http.clone(), worker_id.clone(), tasks.clone(), stopping.clone());
         Self {
             worker_id,
             secrets: SecretCache::new(vault.clone()),
@@ -108,7 +110,7 @@ impl Host {
             vault,
             tasks,
             draining: CancellationToken::new(),
-            stopping: CancellationToken::new(),
+            stopping,
             leases,
             changed: watch::Sender::new(()),
             background_starts: Semaphore::new(BACKGROUND_STARTS),
