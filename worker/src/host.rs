@@ -7,7 +7,7 @@ use std::{
 };
 
 use mcp_shared::{
-    config::{PackageSettings, RemoteSettings},
+    config::{GoogleCredentials, PackageSettings, RemoteSettings},
     ids::{SecretName, UserId, WorkerId},
     server::{Isolation, Scaling, ServerRecord},
     store::SealedSecret,
@@ -56,6 +56,8 @@ pub struct Host {
     pub http: Outgoing,
     /// Users' tokens for remote servers.
     pub oauth: OAuth,
+    /// The application's credentials at Google.
+    pub google: Option<GoogleCredentials>,
     /// Every task of this worker.
     pub tasks: TaskTracker,
     /// Set when the worker takes no more calls.
@@ -106,6 +108,7 @@ impl Host {
             supervisor: Supervisor::new(executable),
             packages: Arc::new(Packages::new(packages)),
             oauth,
+            google: remote.google.clone(),
             http,
             vault,
             tasks,

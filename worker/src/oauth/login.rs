@@ -8,7 +8,7 @@ use mcp_shared::{
     server::ServerRecord,
     store::StoreError,
     timestamp::Timestamp,
-    vault::{Vault, VaultError},
+    vault::VaultError,
 };
 use rmcp::transport::auth::{InMemoryStateStore, StateStore, StoredAuthorizationState};
 use secrecy::{ExposeSecret, SecretString};
@@ -20,14 +20,11 @@ use super::{
     Inner,
     cache::Key,
     discovery::{Found, Granted, discover, failed, login_failed},
-    refresh::is_overtaken,
     same_issuer, url_of,
 };
 
 /// What authorization servers show to users who log in.
 const CLIENT_NAME: &str = "mcp-api";
-/// How often the result of a login is stored when something else is written at the same time.
-const ATTEMPTS: usize = 5;
 
 /// What the second half of a login needs to know of the first.
 #[derive(Serialize, Deserialize)]
@@ -217,35 +214,12 @@ impl Inner {
             refused: None,
             extra: serde_json::Map::new(),
         };
-        store_tokens(&self.vault, tokens).await?;
+        self.vault.replace_oauth_tokens(tokens).await?;
         let key: Key = (login.user, login.server);
-        self.vault.delete_session(&key.0, &key.1, None).await?;
         self.cache.forget(&key);
         let (user, server) = key;
         Ok(RemoteAnswer::LoggedIn { user, server })
     }
-}
-
-/// Stores tokens in place of whatever the user had.
-async fn store_tokens(vault: &Vault, tokens: OAuthTokens) -> Result<(), VaultError> {
-    let mut stored = Ok(());
-    for _ in 0..ATTEMPTS {
-        let expected = match vault.oauth_tokens(&tokens.user, &tokens.server).await {
-            Ok(old) => old.map(|old| old.revision),
-            // What cannot be read any more is in the way of what can.
-            Err(VaultError::Integrity { .. }) => {
-                vault.delete_oauth_tokens(&tokens.user, &tokens.server, None).await?;
-                None
-            }
-            Err(error) => return Err(error),
-        };
-        stored = vault.put_oauth_tokens(&tokens, expected).await.map(|_| ());
-        match &stored {
-            Err(error) if is_overtaken(error) => {}
-            _ => break,
-        }
-    }
-    stored
 }
 
 /// The library's address without its `state`, and that.

@@ -318,7 +318,7 @@ impl Inner {
 }
 
 /// Whether somebody else wrote first.
-pub fn is_overtaken(error: &VaultError) -> bool {
+fn is_overtaken(error: &VaultError) -> bool {
     matches!(
         error,
         VaultError::Store(StoreError::Conflict | StoreError::NotFound | StoreError::AlreadyExists { .. })
