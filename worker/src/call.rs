@@ -28,7 +28,7 @@ use crate::{
     logs::Known,
     registry::Entry,
     secrets,
-    transport::{RpcError, stdio::Failure},
+    transport::{RpcError, connection::Failure},
 };
 
 /// How often a call that was provably not started is tried again here.
@@ -76,6 +76,9 @@ impl Call {
                 Err(Attempt::Again) => {
                     attempts += 1;
                     if attempts == ATTEMPTS {
+                        if current(&self.entry.record).is_remote() {
+                            return Err(self.lost().outcome(Outcome::NotStarted));
+                        }
                         return Err(self.crashed(Outcome::NotStarted));
                     }
                 }
@@ -222,13 +225,17 @@ impl Call {
                 let text = format!("The answer of server {} was too large", self.entry.name);
                 Err(WorkerError::new(ErrorCode::ResultTooLarge, text).outcome(Outcome::Completed).into())
             }
-            Err(Failure::Closed { written: false }) => Err(Attempt::Again),
+            Err(Failure::Upstream(upstream)) => Err(self.named(upstream.error).into()),
+            Err(Failure::Closed { written: false } | Failure::SessionLost) => Err(Attempt::Again),
             Err(Failure::Closed { written: true }) if stopping => {
                 let text = format!("Server {} was stopped while the call was in flight", self.entry.name);
                 Err(self
                     .named(WorkerError::new(ErrorCode::ServerStopped, text))
                     .outcome(Outcome::Unknown)
                     .into())
+            }
+            Err(Failure::Closed { written: true }) if current(&self.entry.record).is_remote() => {
+                Err(self.lost().into())
             }
             Err(Failure::Closed { written: true }) => Err(self.crashed(Outcome::Unknown).into()),
         }
@@ -253,6 +260,12 @@ impl Call {
     fn crashed(&self, outcome: Outcome) -> WorkerError {
         let text = format!("Server {} ended while the call was in flight", self.entry.name);
         self.named(WorkerError::new(ErrorCode::ServerCrashed, text)).outcome(outcome)
+    }
+
+    fn lost(&self) -> WorkerError {
+        let text =
+            format!("The connection to server {} was lost while the call was in flight", self.entry.name);
+        self.named(WorkerError::new(ErrorCode::UpstreamLost, text)).outcome(Outcome::Unknown)
     }
 
     fn malformed(&self, outcome: Outcome) -> WorkerError {

@@ -16,6 +16,7 @@ mod outgoing;
 pub mod packages;
 pub mod program;
 mod registry;
+mod remote;
 mod secrets;
 pub mod supervisor;
 mod transport;
