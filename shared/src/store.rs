@@ -141,6 +141,10 @@ impl Collection {
         Collection::OAuthLogins,
     ];
 
+    /// Those whose documents belong to a server, which their field `serverName` names, and go with it.
+    pub(crate) const OF_SERVERS: [Collection; 3] =
+        [Collection::Sessions, Collection::OAuthTokens, Collection::OAuthLogins];
+
     /// Its name in the database.
     pub fn name(self) -> &'static str {
         match self {
@@ -167,6 +171,11 @@ impl Collection {
         }
     }
 
+    /// One key for several parts, another one for any others: a JSON array.
+    pub(crate) fn key_of(parts: &[&str]) -> String {
+        serde_json::Value::from(parts).to_string()
+    }
+
     /// The key that a document of it holds. One without a key could never be found again.
     pub(crate) fn key_in(self, document: &Document) -> Result<&str, StoreError> {
         let key = document.get(self.key()).and_then(serde_json::Value::as_str).filter(|key| !key.is_empty());
@@ -175,6 +184,9 @@ impl Collection {
         })
     }
 }
+
+/// The field of a [`Document`] that says which server it is about.
+pub(crate) const SERVER: &str = "serverName";
 
 /// The field of a [`Document`] that says whether it is active. It counts only where it is `true`.
 pub(crate) const ACTIVE: &str = "active";

@@ -18,7 +18,7 @@ const DEFAULT: &str = "info";
 /// What `DEBUG=true` makes of it: our own crates only, because libraries say a lot at that level.
 const DEBUG: &str = "info,mcp_gateway=debug,mcp_worker=debug,mcp_nats=debug,mcp_shared=debug";
 /// Libraries that write what passes through them into the log, if they are let.
-const OUTSPOKEN: [&str; 2] = ["async_nats", "mongodb"];
+const OUTSPOKEN: [&str; 3] = ["async_nats", "mongodb", "rmcp"];
 /// Characters of a panic's message that reach the log; it may hold somebody's data.
 const PANIC_MESSAGE: usize = 200;
 

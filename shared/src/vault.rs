@@ -19,6 +19,7 @@ use crate::{
 
 mod packages;
 mod remote;
+mod tokens;
 
 /// The fact that holds the salt of the passphrase.
 const SALT_FACT: &str = "argon2-salt";
@@ -339,6 +340,11 @@ impl Vault {
             |place, value| self.seal_variable(place, value),
             |what, error| VaultError::Seal { what, error },
         )?;
+        client_secret(
+            &mut sealed,
+            |place, value| self.crypter.seal(place, &value.into()),
+            |what, error| VaultError::Seal { what, error },
+        )?;
         // A record keeps the fields that its transport does not have, such as the variables that it had
         // before it became remote. Nothing reads them, and here they would be stored in clear.
         if self.crypter.mode() != LegacyMode::Rw {
@@ -350,9 +356,14 @@ impl Vault {
     }
 
     fn open_server(&self, sealed: Versioned<SealedServer>) -> Result<Versioned<ServerRecord>, VaultError> {
-        let value = each_variable(
+        let mut value = each_variable(
             sealed.value.0,
             |place, value| self.open_variable(place, value),
+            |what, error| VaultError::Integrity { what, error },
+        )?;
+        client_secret(
+            &mut value,
+            |place, value| Ok(self.crypter.open(place, value)?.expose_secret().to_owned()),
             |what, error| VaultError::Integrity { what, error },
         )?;
         Ok(Versioned { revision: sealed.revision, value })
@@ -405,6 +416,23 @@ fn each_variable(
             .map_err(|error| failed(what(kind, name, &record.name), error))?;
     }
     Ok(record)
+}
+
+/// The same for what proves who we are to a remote server's authorization server. mcp-api does not have
+/// the field, so that it is encrypted always.
+fn client_secret(
+    record: &mut ServerRecord,
+    change: impl Fn(&Place<'_>, &str) -> Result<String, CryptoError>,
+    failed: impl Fn(String, CryptoError) -> VaultError,
+) -> Result<(), VaultError> {
+    let Some(secret) = record.oauth_client.as_mut().and_then(|client| client.client_secret.as_mut()) else {
+        return Ok(());
+    };
+    let ids = [record.name.as_str(), "clientSecret"];
+    let changed = change(&Place { collection: "servers", field: "oauthClient", ids: &ids }, secret);
+    *secret =
+        changed.map_err(|error| failed(what("field", "oauthClient.clientSecret", &record.name), error))?;
+    Ok(())
 }
 
 /// Names a value in logs, without showing it.

@@ -21,13 +21,14 @@ use tokio_util::sync::CancellationToken;
 use zeroize::Zeroizing;
 
 use crate::{
+    google,
     group::{Group, NoSlot, current},
     host::Host,
     leases::no_worker,
     logs::Known,
     registry::Entry,
     secrets,
-    transport::{RpcError, stdio::Failure},
+    transport::{RpcError, connection::Failure},
 };
 
 /// How often a call that was provably not started is tried again here.
@@ -75,6 +76,9 @@ impl Call {
                 Err(Attempt::Again) => {
                     attempts += 1;
                     if attempts == ATTEMPTS {
+                        if current(&self.entry.record).is_remote() {
+                            return Err(self.lost().outcome(Outcome::NotStarted));
+                        }
                         return Err(self.crashed(Outcome::NotStarted));
                     }
                 }
@@ -185,12 +189,12 @@ impl Call {
     /// The arguments with the user's secrets, and the guard that keeps these out of logs.
     async fn with_secrets(&self, arguments: &RawJson, group: &Arc<Group>) -> Result<Arguments, WorkerError> {
         let record = current(&self.entry.record);
-        let secrets = self
-            .host
-            .secrets
-            .for_call(&self.user, &record)
-            .await
-            .map_err(|error| error.outcome(Outcome::NotStarted))?;
+        let not_started = |error: WorkerError| error.outcome(Outcome::NotStarted);
+        let mut secrets = self.host.secrets.for_call(&self.user, &record).await.map_err(not_started)?;
+        let hidden =
+            google::hidden(&self.host, &self.user, &record, &self.offer.tool).await.map_err(not_started)?;
+        let within: Vec<_> = hidden.iter().flat_map(|document| google::secrets_in(&document.value)).collect();
+        secrets.extend(hidden);
         if secrets.is_empty() {
             return Ok(Arguments { merged: None, known: None });
         }
@@ -198,7 +202,7 @@ impl Call {
             WorkerError::new(ErrorCode::InvalidRequest, "args must be a JSON object")
                 .outcome(Outcome::NotStarted)
         })?;
-        let known = group.log().remember(secrets.iter().map(|secret| &secret.value));
+        let known = group.log().remember(secrets.iter().map(|secret| &secret.value).chain(&within));
         Ok(Arguments { merged: Some(merged), known: Some(known) })
     }
 
@@ -221,13 +225,17 @@ impl Call {
                 let text = format!("The answer of server {} was too large", self.entry.name);
                 Err(WorkerError::new(ErrorCode::ResultTooLarge, text).outcome(Outcome::Completed).into())
             }
-            Err(Failure::Closed { written: false }) => Err(Attempt::Again),
+            Err(Failure::Upstream(upstream)) => Err(self.named(upstream.error).into()),
+            Err(Failure::Closed { written: false } | Failure::SessionLost) => Err(Attempt::Again),
             Err(Failure::Closed { written: true }) if stopping => {
                 let text = format!("Server {} was stopped while the call was in flight", self.entry.name);
                 Err(self
                     .named(WorkerError::new(ErrorCode::ServerStopped, text))
                     .outcome(Outcome::Unknown)
                     .into())
+            }
+            Err(Failure::Closed { written: true }) if current(&self.entry.record).is_remote() => {
+                Err(self.lost().into())
             }
             Err(Failure::Closed { written: true }) => Err(self.crashed(Outcome::Unknown).into()),
         }
@@ -252,6 +260,12 @@ impl Call {
     fn crashed(&self, outcome: Outcome) -> WorkerError {
         let text = format!("Server {} ended while the call was in flight", self.entry.name);
         self.named(WorkerError::new(ErrorCode::ServerCrashed, text)).outcome(outcome)
+    }
+
+    fn lost(&self) -> WorkerError {
+        let text =
+            format!("The connection to server {} was lost while the call was in flight", self.entry.name);
+        self.named(WorkerError::new(ErrorCode::UpstreamLost, text)).outcome(Outcome::Unknown)
     }
 
     fn malformed(&self, outcome: Outcome) -> WorkerError {

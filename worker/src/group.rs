@@ -29,7 +29,7 @@ use self::{
 };
 use crate::{
     host::Host,
-    instance::Instance,
+    instance::{End, Instance},
     leases::{Denied, Hold},
     logs::Log,
 };
@@ -101,6 +101,8 @@ struct Trouble {
     at_start: bool,
     /// Secrets that its user has not set and that its environment should have had.
     missing: Vec<String>,
+    /// What callers are told, where more can be said than that it is not available.
+    error: Option<Box<WorkerError>>,
 }
 
 /// Why a call got no slot.
@@ -229,7 +231,7 @@ impl Group {
             .iter()
             .map(|instance| InstanceReport {
                 worker_id: self.host.worker_id.clone(),
-                pid: Some(instance.pid),
+                pid: instance.pid(),
                 username: self.user.clone(),
                 status: if instance.is_open() { ServerStatus::Connected } else { ServerStatus::Disconnected },
                 in_flight: instance.in_flight.load(Ordering::Acquire),
@@ -237,8 +239,13 @@ impl Group {
                 last_error: state.last_error.clone(),
             })
             .collect();
-        let status = Self::status(&state);
-        if reports.is_empty() && status != ServerStatus::Disconnected {
+        let mut status = Self::status(&state);
+        // That one user cannot connect says nothing about the server.
+        if status == ServerStatus::Error && current(&self.record).is_remote() {
+            status = ServerStatus::Disconnected;
+        }
+        let troubled = status != ServerStatus::Disconnected || state.trouble.is_some();
+        if reports.is_empty() && troubled {
             reports.push(InstanceReport {
                 worker_id: self.host.worker_id.clone(),
                 pid: None,
@@ -268,12 +275,12 @@ impl Group {
     }
 
     /// Takes in the end of a process.
-    fn instance_ended(self: &Arc<Self>, instance: &Arc<Instance>, exit: crate::supervisor::Exit) {
+    fn instance_ended(self: &Arc<Self>, instance: &Arc<Instance>, end: End) {
         let mut state = self.state();
         state.instances.retain(|one| !Arc::ptr_eq(one, instance));
         if !instance.is_stopping() && !self.retired.is_cancelled() {
-            let text = format!("the process {exit}");
-            let trouble = Trouble { text, at_start: false, missing: Vec::new() };
+            let trouble =
+                Trouble { text: end.to_string(), at_start: false, missing: Vec::new(), error: None };
             self.fail(&mut state, trouble, Some(instance.started.elapsed()));
         }
         drop(state);

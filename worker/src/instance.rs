@@ -1,4 +1,5 @@
-//! One running process of a server: started, negotiated with, listed, watched and stopped.
+//! One running process of a server, or one connection to a remote one: started, negotiated with, listed, watched
+//! and stopped.
 
 use std::{
     collections::BTreeMap,
@@ -23,7 +24,7 @@ use crate::{
     mcp,
     packages::{folders::Installed, launch::localized},
     supervisor::{Child, Exit, SpawnSpec, Supervisor},
-    transport::stdio::Connection,
+    transport::{connection::Connection, http::Http, stdio},
 };
 
 /// Variables of ours that a child gets. Everything else of our environment, above all our own secrets,
@@ -49,12 +50,41 @@ const KILL_ATTEMPTS: usize = 5;
 /// How long the output of an ended process may still be read.
 const LAST_OUTPUT: Duration = Duration::from_secs(1);
 
-/// A process that answered `initialize` and `tools/list`.
+/// What an instance is.
+pub enum Origin {
+    /// A process of this machine.
+    Process {
+        /// Its id.
+        pid: u32,
+    },
+    /// A connection to another machine.
+    Remote(Arc<Http>),
+}
+
+/// How an instance ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// Its process did.
+    Process(Exit),
+    /// The remote server ended the session, or the one stream that it had.
+    Remote,
+}
+
+impl std::fmt::Display for End {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            End::Process(exit) => write!(f, "the process {exit}"),
+            End::Remote => f.write_str("the remote server ended the session"),
+        }
+    }
+}
+
+/// What answered `initialize` and `tools/list`.
 pub struct Instance {
     /// Its connection.
     pub connection: Connection,
-    /// Its process id.
-    pub pid: u32,
+    /// What it is.
+    pub origin: Origin,
     /// Since when it is connected.
     pub since: Timestamp,
     /// The same moment on the monotonic clock.
@@ -66,7 +96,7 @@ pub struct Instance {
     tools: Mutex<RawJson>,
     stopping: AtomicBool,
     stop: CancellationToken,
-    ended: watch::Receiver<Option<Exit>>,
+    ended: watch::Receiver<Option<End>>,
 }
 
 /// What starts a process.
@@ -126,7 +156,7 @@ impl Instance {
             .await
             .map_err(|_| "the process was not started in time".to_owned())??;
         let pid = child.pid;
-        let connection = Connection::open(streams.stdin, streams.stdout, Arc::clone(log), tasks);
+        let connection = stdio::open(streams.stdin, streams.stdout, Arc::clone(log), tasks);
         let (words, closed) = (keep_stderr(streams.stderr, Arc::clone(log)), connection.clone());
         let stderr = tasks.spawn(async move {
             // As with the output: not longer than the server, and the last words.
@@ -155,18 +185,18 @@ impl Instance {
         };
         let greeted = tokio::select! {
             greeted = tokio::time::timeout_at(deadline, greet) => greeted,
-            () = given_up.cancelled() => Ok(Err(mcp::Refusal("it is no longer wanted".to_owned()))),
+            () = given_up.cancelled() => Ok(Err(mcp::Refusal::new("it is no longer wanted"))),
         };
         let tools = match greeted {
             Ok(Ok(tools)) => tools,
             failed => {
                 // A process that ended explains more than the connection it closed.
-                let exit = if connection.is_open() { None } else { Some(wait_for_end(&ended).await) };
+                let end = if connection.is_open() { None } else { Some(wait_for_end(&ended).await) };
                 drop(guard);
                 wait_for_end(&ended).await;
                 let _ = timeout(LAST_OUTPUT, stderr).await;
-                return Err(match (exit, failed) {
-                    (Some(exit), _) => explain_exit(exit, log),
+                return Err(match (end, failed) {
+                    (Some(end), _) => explain_end(end, log),
                     (None, Ok(Err(refusal))) => format!("the server was started, but {refusal}"),
                     (None, _) => {
                         format!("the server did not list its tools within {} ms", limit.as_millis())
@@ -175,9 +205,20 @@ impl Instance {
             }
         };
         drop(guard.disarm());
-        Ok(Arc::new(Self {
+        Ok(Self::new(connection, Origin::Process { pid }, tools, stop, ended))
+    }
+
+    /// An instance that runs from now on. `stop` asks it to end, `ended` tells when it did.
+    pub fn new(
+        connection: Connection,
+        origin: Origin,
+        tools: RawJson,
+        stop: CancellationToken,
+        ended: watch::Receiver<Option<End>>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
             connection,
-            pid,
+            origin,
             since: Timestamp::now(),
             started: Instant::now(),
             in_flight: AtomicUsize::new(0),
@@ -186,7 +227,15 @@ impl Instance {
             stopping: AtomicBool::new(false),
             stop,
             ended,
-        }))
+        })
+    }
+
+    /// Its process id, if it is a process.
+    pub fn pid(&self) -> Option<u32> {
+        match self.origin {
+            Origin::Process { pid } => Some(pid),
+            Origin::Remote(_) => None,
+        }
     }
 
     /// The tools as last listed.
@@ -196,6 +245,9 @@ impl Instance {
 
     /// Keeps a newer listing.
     pub fn set_tools(&self, tools: RawJson) {
+        if let Origin::Remote(http) = &self.origin {
+            http.set_tools(&tools);
+        }
         *self.tools.lock().unwrap_or_else(PoisonError::into_inner) = tools;
     }
 
@@ -210,11 +262,12 @@ impl Instance {
     }
 
     /// Waits for its end.
-    pub async fn ended(&self) -> Exit {
+    pub async fn ended(&self) -> End {
         wait_for_end(&self.ended).await
     }
 
-    /// Ends it: closes its input, then SIGTERM, then SIGKILL to its group, and waits until it is reaped.
+    /// Ends it: closes a process' input, then SIGTERM, then SIGKILL to its group, and waits until it is reaped. The
+    /// session of a remote server stays, to be resumed.
     pub async fn stop(&self) {
         self.stopping.store(true, Ordering::Release);
         self.stop.cancel();
@@ -222,15 +275,15 @@ impl Instance {
     }
 }
 
-async fn wait_for_end(ended: &watch::Receiver<Option<Exit>>) -> Exit {
+async fn wait_for_end(ended: &watch::Receiver<Option<End>>) -> End {
     match ended.clone().wait_for(Option::is_some).await {
-        Ok(exit) => exit.unwrap_or(Exit::Lost),
-        Err(_) => Exit::Lost,
+        Ok(end) => end.unwrap_or(End::Process(Exit::Lost)),
+        Err(_) => End::Process(Exit::Lost),
     }
 }
 
-fn explain_exit(exit: Exit, log: &Log) -> String {
-    let mut text = format!("the process {exit} before it was ready");
+fn explain_end(end: End, log: &Log) -> String {
+    let mut text = format!("{end} before it was ready");
     // Its own last words are usually the reason.
     if let Some(line) =
         log.lines().iter().rev().find(|line| !line.trim().is_empty() && !line.starts_with("[mcp-api]"))
@@ -257,7 +310,7 @@ async fn watch_over(
     mut child: Child,
     connection: Connection,
     stop: CancellationToken,
-    ended: watch::Sender<Option<Exit>>,
+    ended: watch::Sender<Option<End>>,
 ) {
     let exit = tokio::select! {
         exit = child.exited() => exit,
@@ -285,7 +338,7 @@ async fn watch_over(
     // Answers that it wrote before it ended still count.
     let _ = timeout(LAST_OUTPUT, connection.output_ended()).await;
     connection.close();
-    ended.send_replace(Some(exit));
+    ended.send_replace(Some(End::Process(exit)));
 }
 
 /// Reads standard error to its end, whatever comes: a child must never block on it.

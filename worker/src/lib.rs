@@ -2,6 +2,7 @@
 
 pub mod bus;
 mod call;
+mod google;
 mod group;
 pub mod health;
 mod host;
@@ -15,6 +16,7 @@ mod outgoing;
 pub mod packages;
 pub mod program;
 mod registry;
+mod remote;
 mod secrets;
 pub mod supervisor;
 mod transport;

@@ -1,7 +1,13 @@
 //! Connections to MCP servers as raw JSON-RPC: what is sent and received passes through byte for byte.
 
+pub mod connection;
+pub mod endpoint;
+mod events;
+mod headers;
+pub mod http;
 mod lines;
 mod message;
+pub mod sse;
 pub mod stdio;
 
 pub use message::RpcError;

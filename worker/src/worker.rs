@@ -35,6 +35,7 @@ use crate::{
     leases::Leases,
     packages,
     registry::Entry,
+    remote,
 };
 
 /// The servers that a worker knows.
@@ -215,8 +216,12 @@ impl Worker {
     }
 
     /// Tells a remote server that its sessions are over.
-    async fn end_sessions(&self, _server: &ServerName) -> Result<(), WorkerError> {
-        Ok(())
+    async fn end_sessions(&self, server: &ServerName) -> Result<(), WorkerError> {
+        let record = current(&self.entry(server)?.record);
+        if !record.is_remote() {
+            return Ok(());
+        }
+        remote::end_sessions(&self.host, record).await
     }
 
     async fn wait_running(&self, entry: &Arc<Entry>, user: &UserId) -> Result<ServerReport, WorkerError> {

@@ -50,6 +50,8 @@ fn nothing_set_gives_the_defaults() {
     assert!(settings.later.is_empty() && settings.warnings.is_empty());
     let servers: Vec<_> = settings.packages.install_on_start.iter().map(|one| one.server.as_str()).collect();
     assert_eq!(servers, ["github", "helper-tools"]);
+    assert!(settings.remote.public_url.is_none() && settings.remote.google.is_none());
+    assert!(settings.remote.egress.check("http://localhost").is_err());
     assert!(settings.packages.python_bin.is_none() && settings.packages.pip_index_url.is_none());
     let effective = settings.effective();
     assert_eq!(effective.len(), VARIABLES.len());
@@ -78,7 +80,9 @@ fn every_value_is_read() {
         ("PIP_INDEX_URL", "https://user:canary@pypi.example.org/simple"),
         ("PIP_EXTRA_INDEX_URL", "http://10.0.0.7/simple"),
         ("SEARXNG_URL", "https://search.example"),
-        ("GOOGLE_OAUTH_CREDENTIALS", "canary"),
+        ("GOOGLE_OAUTH_CREDENTIALS", r#"{"web":{"client_secret":"canary"}}"#),
+        ("EGRESS_ALLOW", "10.0.0.0/8, db.internal,*.corp.example,,[::1]"),
+        ("PUBLIC_URL", "https://mcp.example.com:8443"),
         ("WORKER_HOST", "0.0.0.0"),
         ("WORKER_PORT", "0"),
         ("START_TIMEOUT_SECONDS", "5"),
@@ -100,7 +104,15 @@ fn every_value_is_read() {
     assert_eq!(settings.log_format, LogFormat::Json);
     assert_eq!(settings.log_filter.as_deref(), Some("warn,mcp_gateway=trace"));
     let later: Vec<_> = settings.later.iter().map(|(name, value)| (*name, value.as_str())).collect();
-    assert_eq!(later, [("GOOGLE_OAUTH_CREDENTIALS", "canary"), ("SEARXNG_URL", "https://search.example")]);
+    assert_eq!(later, [("SEARXNG_URL", "https://search.example")]);
+    let remote = &settings.remote;
+    for url in ["http://10.1.2.3", "http://db.internal", "http://a.corp.example", "http://[::1]"] {
+        assert!(remote.egress.check(url).is_ok(), "{url}");
+    }
+    assert!(remote.egress.check("http://127.0.0.1").is_err());
+    assert_eq!(remote.public_url.as_ref().unwrap().as_str(), "https://mcp.example.com:8443/");
+    let google = remote.google.as_ref().unwrap();
+    assert!(google.json().expose_secret().contains("canary") && !format!("{google:?}").contains("canary"));
     let packages = &settings.packages;
     let installed: Vec<_> =
         packages.install_on_start.iter().map(|one| (&*one.package, one.server.as_str())).collect();
@@ -218,6 +230,16 @@ fn bad_values_are_refused_with_what_would_be_valid() {
         ("INSTALL_ON_START", "a|b|c", "package|server pairs"),
         ("PYTHON_BIN", "-c", "the path of a Python"),
         ("PIP_INDEX_URL", "canary", "an http or https URL"),
+        ("EGRESS_ALLOW", "10.0.0.0/8,a host", "hosts, *.domains, addresses and networks"),
+        ("EGRESS_ALLOW", "10.0.0.0/40", "hosts, *.domains, addresses and networks"),
+        ("EGRESS_ALLOW", "http://a", "hosts, *.domains, addresses and networks"),
+        ("PUBLIC_URL", "mcp.example.com", "an http or https URL without query"),
+        ("PUBLIC_URL", "ftp://mcp.example.com", "an http or https URL without query"),
+        ("PUBLIC_URL", "https://user:canary@mcp.example.com", "an http or https URL without query"),
+        ("PUBLIC_URL", "https://mcp.example.com/?a", "an http or https URL without query"),
+        ("PUBLIC_URL", "https://mcp.example.com/a", "an http or https URL without query"),
+        ("GOOGLE_OAUTH_CREDENTIALS", "canary", "the JSON object that Google's console gives"),
+        ("GOOGLE_OAUTH_CREDENTIALS", "[\"canary\"]", "the JSON object that Google's console gives"),
         ("PIP_INDEX_URL", "https://x/ --canary", "an http or https URL"),
         ("PIP_EXTRA_INDEX_URL", "file:///canary", "an http or https URL"),
         ("MONGO_DBNAME", "a/b", "1 to 63 characters"),
@@ -287,7 +309,7 @@ fn values_of_a_file_are_what_they_look_like() {
     );
     let settings = EnvFile::new("quotes", &text).load(&[]).unwrap();
     assert_eq!(settings.secrets_key.as_ref().map(ExposeSecret::expose_secret), Some("p\"a$s#s \\ "));
-    assert_eq!(settings.later["GOOGLE_OAUTH_CREDENTIALS"], json);
+    assert_eq!(settings.remote.google.as_ref().unwrap().json().expose_secret(), json);
     assert_eq!(settings.data_dir, Path::new("/a b"));
     assert!(!settings.later.contains_key("SEARXNG_URL"));
 }
@@ -342,7 +364,10 @@ fn secrets_are_masked() {
     let mut env: Vec<_> = VARIABLES
         .iter()
         .filter(|v| v.secret && v.group != Group::Cluster && !v.name.starts_with("PIP_"))
-        .map(|v| (v.name, "canary-canary"))
+        .map(|v| match v.name {
+            "GOOGLE_OAUTH_CREDENTIALS" => (v.name, "{\"web\": \"canary-canary\"}"),
+            name => (name, "canary-canary"),
+        })
         .collect();
     env.push(("PIP_INDEX_URL", "https://user:canary@pypi.example/x"));
     env.push(("PIP_EXTRA_INDEX_URL", "https://user:canary@pypi.example/x"));

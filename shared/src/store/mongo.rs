@@ -31,6 +31,7 @@ use crate::{
     limits,
 };
 
+mod adoption;
 mod coordination;
 mod documents;
 mod failure;
@@ -376,11 +377,7 @@ impl Store for MongoStore {
         collection: super::Collection,
         server: &ServerName,
     ) -> Result<Vec<Versioned<super::Document>>, StoreError> {
-        let all = self.run(self.database.all_documents(collection, false)).await?;
-        Ok(all
-            .into_iter()
-            .filter(|one| one.value.get("serverName").and_then(|v| v.as_str()) == Some(server.as_str()))
-            .collect())
+        self.run(self.database.documents_of(collection, server)).await
     }
 
     async fn document(

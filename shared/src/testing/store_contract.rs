@@ -64,6 +64,8 @@ macro_rules! store_contract {
             documents::a_revision_does_not_fit_a_later_document_of_that_key,
             documents::active_documents_can_be_listed_alone,
             documents::documents_are_listed_in_the_order_in_which_they_were_added,
+            documents::documents_of_a_server_are_listed_alone,
+            documents::documents_of_a_server_go_with_it,
         }
     };
     (@each (tests $open:path); $($module:ident::$test:ident,)*) => {

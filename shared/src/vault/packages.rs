@@ -139,6 +139,6 @@ pub(super) fn write(value: &impl Serialize) -> Result<Document, VaultError> {
     }
 }
 
-fn corrupt(what: &str, error: &dyn fmt::Display) -> VaultError {
+pub(super) fn corrupt(what: &str, error: &dyn fmt::Display) -> VaultError {
     StoreError::Corrupt { what: format!("{what} ({error})") }.into()
 }

@@ -7,6 +7,7 @@ use super::*;
 use crate::store::embedded::EmbeddedStore;
 
 mod packages;
+mod remote;
 
 const KEY: &str = "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f";
 const OTHER_KEY: &str = "f00102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f";

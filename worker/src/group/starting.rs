@@ -20,6 +20,7 @@ use crate::{
     instance::{Instance, Launch},
     leases::Denied,
     packages::{folders::Installed, managers::Say},
+    remote::{self, Target},
 };
 
 /// A start or a stop that is under way. The channel closes when it is over, and says then why a start
@@ -181,11 +182,10 @@ impl Group {
         futures_util::future::join_all((0..missing).map(|_| self.start_one(&record))).await
     }
 
-    async fn start_one(&self, record: &ServerRecord) -> Result<Arc<Instance>, Trouble> {
-        let failed = |text, missing| Trouble { text, at_start: true, missing };
+    async fn start_one(&self, record: &Arc<ServerRecord>) -> Result<Arc<Instance>, Trouble> {
+        let failed = |text, missing| Trouble { text, at_start: true, missing, error: None };
         let Transport::Stdio { command, args, env } = &record.transport else {
-            let text = "servers of this transport are not supported by this version".to_owned();
-            return Err(failed(text, Vec::new()));
+            return self.connect_one(record).await;
         };
         let secret_env = self.host.secret_env(self.user.as_ref(), record).await;
         let secret_env = secret_env.map_err(|text| failed(text, Vec::new()))?;
@@ -208,6 +208,25 @@ impl Group {
         started.map_err(|text| failed(self.log.redactor().quote(text), secret_env.missing))
     }
 
+    /// Connects to a remote server for the group's user.
+    async fn connect_one(&self, record: &Arc<ServerRecord>) -> Result<Arc<Instance>, Trouble> {
+        let user = self.user.clone().unwrap_or_default();
+        let target = Target {
+            host: &self.host,
+            user,
+            record,
+            current: &self.record,
+            log: &self.log,
+            given_up: &self.retired,
+        };
+        remote::connect(target).await.map_err(|error| Trouble {
+            text: error.message.clone(),
+            at_start: true,
+            missing: Vec::new(),
+            error: Some(Box::new(error)),
+        })
+    }
+
     /// The installation that it runs, which this worker may have to make first.
     async fn installed(&self, reference: &PackageRef) -> Result<Arc<Installed>, String> {
         let log = Arc::clone(&self.log);
@@ -227,7 +246,7 @@ impl Group {
             return;
         }
         for instance in instances.into_iter().flatten() {
-            tracing::info!(server = %self.server, pid = instance.pid, "server connected");
+            tracing::info!(server = %self.server, pid = instance.pid(), "server connected");
             state.trouble = None;
             state.since = instance.since;
             (self.on_tools)(&instance.tools());
@@ -252,8 +271,11 @@ impl Group {
         }
         state.failures += 1;
         let doublings = state.failures.saturating_sub(if lived.is_some() { 2 } else { 1 }).min(16);
+        let record = current(&self.record);
         let pause = if lived.is_some() && state.failures == 1 {
             Duration::ZERO
+        } else if record.is_remote() {
+            record.reconnection().pause(doublings)
         } else {
             (limits::RESTART_BACKOFF * (1 << doublings)).min(limits::RESTART_BACKOFF_MAX)
         };
@@ -293,6 +315,13 @@ impl Group {
 
     /// What a caller is told. Why it fails stands in the server's document, for those who run it.
     fn unavailable(&self, trouble: &Trouble, pause: Duration) -> WorkerError {
+        if let Some(error) = &trouble.error {
+            let mut error = (**error).clone();
+            if error.code.retryable() {
+                error.retry_after_ms.get_or_insert(u64::try_from(pause.as_millis()).unwrap_or(u64::MAX));
+            }
+            return error;
+        }
         let why = if trouble.at_start { "it could not be started" } else { "its process keeps ending" };
         let missing = match trouble.missing.as_slice() {
             [] => String::new(),

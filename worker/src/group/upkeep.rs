@@ -15,8 +15,8 @@ use crate::instance::Instance;
 pub(super) async fn watch_instance(group: Arc<Group>, instance: Arc<Instance>) {
     loop {
         tokio::select! {
-            exit = instance.ended() => {
-                group.instance_ended(&instance, exit);
+            end = instance.ended() => {
+                group.instance_ended(&instance, end);
                 return;
             }
             () = instance.connection.tools_changed() => {

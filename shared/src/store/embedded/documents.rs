@@ -5,7 +5,10 @@ use rusqlite::{Connection, OptionalExtension, Row, params};
 use serde_json::Value;
 
 use super::executor::Failure;
-use crate::store::{ACTIVE, Collection, Document, Revision, StoreError, Versioned};
+use crate::{
+    ids::ServerName,
+    store::{ACTIVE, Collection, Document, Revision, SERVER, StoreError, Versioned},
+};
 
 /// A row before its document is understood. The text is taken as bytes: one that is not UTF-8 must not
 /// fail the whole listing.
@@ -45,6 +48,7 @@ pub(super) struct New {
     collection: Collection,
     key: String,
     active: bool,
+    server: Option<String>,
     document: String,
 }
 
@@ -54,7 +58,8 @@ impl New {
         let text = serde_json::to_string(document)
             .map_err(|cause| StoreError::Corrupt { what: format!("{} {key}: {cause}", collection.name()) })?;
         let active = document.get(ACTIVE) == Some(&Value::Bool(true));
-        Ok(Self { collection, key, active, document: text })
+        let server = document.get(SERVER).and_then(Value::as_str).map(str::to_owned);
+        Ok(Self { collection, key, active, server, document: text })
     }
 
     pub(super) fn insert(&self, connection: &Connection) -> Result<Revision, Failure> {
@@ -62,8 +67,9 @@ impl New {
             return Err(StoreError::AlreadyExists { existing: self.key.clone() }.into());
         }
         connection.execute(
-            "INSERT INTO documents (collection, key, active, revision, document) VALUES (?1, ?2, ?3, 0, ?4)",
-            params![self.collection.name(), self.key, self.active, self.document],
+            "INSERT INTO documents (collection, key, active, revision, document, server) \
+             VALUES (?1, ?2, ?3, 0, ?4, ?5)",
+            params![self.collection.name(), self.key, self.active, self.document, self.server],
         )?;
         // As for servers: a revision of a document that was deleted fits none that comes later.
         let revision = connection.query_row(
@@ -77,9 +83,16 @@ impl New {
     pub(super) fn replace(&self, connection: &Connection, expected: Revision) -> Result<Revision, Failure> {
         let replaced = connection
             .query_row(
-                "UPDATE documents SET active = ?4, document = ?5, revision = revision + 1 \
+                "UPDATE documents SET active = ?4, document = ?5, server = ?6, revision = revision + 1 \
                  WHERE collection = ?1 AND key = ?2 AND revision = ?3 RETURNING revision",
-                params![self.collection.name(), self.key, expected.0, self.active, self.document],
+                params![
+                    self.collection.name(),
+                    self.key,
+                    expected.0,
+                    self.active,
+                    self.document,
+                    self.server
+                ],
                 |row| row.get(0).map(Revision),
             )
             .optional()?;
@@ -101,6 +114,29 @@ pub(super) fn list(
     )?;
     let rows = statement.query_map(params![collection.name(), active], DocumentRow::read)?;
     Ok(rows.collect::<Result<Vec<_>, _>>()?)
+}
+
+pub(super) fn list_of(
+    connection: &Connection,
+    collection: Collection,
+    server: &ServerName,
+) -> Result<Vec<DocumentRow>, Failure> {
+    let mut statement = connection.prepare(
+        "SELECT key, revision, document FROM documents WHERE collection = ?1 AND server = ?2 ORDER BY seq",
+    )?;
+    let rows = statement.query_map([collection.name(), server.as_str()], DocumentRow::read)?;
+    Ok(rows.collect::<Result<Vec<_>, _>>()?)
+}
+
+/// Removes what belongs to a server.
+pub(super) fn delete_of(connection: &Connection, server: &ServerName) -> Result<(), Failure> {
+    for collection in Collection::OF_SERVERS {
+        connection.execute(
+            "DELETE FROM documents WHERE collection = ?1 AND server = ?2",
+            [collection.name(), server.as_str()],
+        )?;
+    }
+    Ok(())
 }
 
 pub(super) fn find(

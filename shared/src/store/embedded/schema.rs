@@ -77,6 +77,12 @@ const MIGRATIONS: &[&str] = &[
     -- Serves listings: a collection in the order in which its documents were added.
     CREATE INDEX documents_in_order ON documents (collection, seq);
 ",
+    "
+    ALTER TABLE documents ADD COLUMN server TEXT; -- the field serverName of the document
+    -- Only jobs had the field so far, and it is their key.
+    UPDATE documents SET server = key WHERE collection = 'jobs';
+    CREATE INDEX documents_by_server ON documents (server, collection, seq) WHERE server IS NOT NULL;
+",
 ];
 
 /// An open data folder.

@@ -88,6 +88,8 @@ impl Store for EmbeddedStore {
             if let Some(existing) = existing {
                 return Err(StoreError::AlreadyExists { existing }.into());
             }
+            // What was stored for an earlier server of this name just after it had gone.
+            documents::delete_of(connection, &name)?;
             connection.execute(
                 "INSERT INTO servers (name, case_key, revision, document) VALUES (?1, ?2, 0, ?3)",
                 params![name.as_str(), case_key, document],
@@ -135,6 +137,7 @@ impl Store for EmbeddedStore {
             // What belongs to the server goes even if its record is gone already.
             connection.execute("DELETE FROM secrets WHERE server_name = ?1", [name.as_str()])?;
             connection.execute("DELETE FROM tools WHERE server = ?1", [name.as_str()])?;
+            documents::delete_of(connection, &name)?;
             Ok(connection.execute("DELETE FROM servers WHERE name = ?1", [name.as_str()])? > 0)
         })
         .await
@@ -340,11 +343,9 @@ impl Store for EmbeddedStore {
         collection: Collection,
         server: &ServerName,
     ) -> Result<Vec<Versioned<store::Document>>, StoreError> {
-        let all = self.documents(collection, false).await?;
-        Ok(all
-            .into_iter()
-            .filter(|one| one.value.get("serverName").and_then(|v| v.as_str()) == Some(server.as_str()))
-            .collect())
+        let server = server.clone();
+        let rows = self.read(move |connection| documents::list_of(connection, collection, &server)).await?;
+        Ok(rows.iter().filter_map(|row| row.value(collection).ok()).collect())
     }
 
     async fn document(

@@ -1,5 +1,6 @@
-//! Documents of which the store knows no more than collection, key and revision. Those of `packages` may
-//! be mcp-api's, which can go on using them: they have its types, and what it wrote is kept.
+//! Documents of which the store knows no more than collection, key and revision. Those of collections that
+//! mcp-api has too may be its own, and it can go on using them: they have its types, and what it wrote is
+//! kept.
 
 use std::collections::HashSet;
 
@@ -15,7 +16,10 @@ use super::{
     failure::{Failure, is_duplicate},
     servers::{collect, first_revision},
 };
-use crate::store::{self, ACTIVE, Collection, Revision, StoreError, Versioned};
+use crate::{
+    ids::ServerName,
+    store::{self, ACTIVE, Collection, Revision, SERVER, StoreError, Versioned},
+};
 
 const UNREADABLE: &str = "a document cannot be read";
 
@@ -23,12 +27,24 @@ const UNREADABLE: &str = "a document cannot be read";
 fn dates(collection: Collection) -> &'static [&'static str] {
     match collection {
         Collection::Packages => &["installed", "lastUpgraded"],
-        _ => &[],
+        Collection::Sessions | Collection::OAuthClients => &["createdAt", "updatedAt"],
+        Collection::OAuthTokens => &["createdAt", "updatedAt", "expiresAt"],
+        Collection::PackageLocks | Collection::Jobs | Collection::OAuthLogins => &[],
     }
 }
 
-/// Whether mcp-api has the collection too. It shows its ids, and writes `null` for what is not set.
+/// Whether mcp-api has the collection too. It writes `null` for what is not set.
 fn is_shared(collection: Collection) -> bool {
+    match collection {
+        Collection::Packages | Collection::Sessions | Collection::OAuthTokens | Collection::OAuthClients => {
+            true
+        }
+        Collection::PackageLocks | Collection::Jobs | Collection::OAuthLogins => false,
+    }
+}
+
+/// Whether the ids of the collection's documents are shown, as mcp-api does it.
+fn shows_ids(collection: Collection) -> bool {
     collection == Collection::Packages
 }
 
@@ -51,7 +67,7 @@ impl Stored {
         let shared = is_shared(self.collection);
         let fields = self.document.iter().filter(|(field, value)| match field.as_str() {
             REVISION => false,
-            "_id" => shared,
+            "_id" => shows_ids(self.collection),
             _ => !shared || **value != Bson::Null,
         });
         let value = fields.map(|(field, value)| (field.clone(), render(value))).collect();
@@ -81,7 +97,7 @@ fn own_fields(document: &store::Document) -> store::Document {
 fn new_document(collection: Collection, document: &store::Document, revision: i64) -> Document {
     let typed = |field: &str, value: &Value| field_value(field, value, dates(collection));
     let mut new = Document::new();
-    if let Some(id) = document.get("_id").filter(|_| is_shared(collection)) {
+    if let Some(id) = document.get("_id").filter(|_| shows_ids(collection)) {
         new.insert("_id", typed("_id", id));
     }
     new.extend(own_fields(document).iter().map(|(field, value)| (field.clone(), typed(field, value))));
@@ -108,6 +124,43 @@ impl Database {
         } else {
             doc! {}
         };
+        self.found_documents(collection, filter).await
+    }
+
+    pub(super) async fn documents_of(
+        &self,
+        collection: Collection,
+        server: &ServerName,
+    ) -> Result<Vec<Versioned<store::Document>>, Failure> {
+        self.found_documents(collection, doc! { SERVER: { "$eq": server.as_str() } }).await
+    }
+
+    /// The ids of all documents that belong to a server, also of those that cannot be read.
+    pub(super) async fn ids_of(&self, server: &ServerName) -> Result<Vec<(Collection, Vec<Bson>)>, Failure> {
+        let mut all = Vec::new();
+        for collection in Collection::OF_SERVERS {
+            let rows = self.documents(collection).clone_with_type::<Document>();
+            let ids = rows.distinct("_id", doc! { SERVER: { "$eq": server.as_str() } }).await?;
+            if !ids.is_empty() {
+                all.push((collection, ids));
+            }
+        }
+        Ok(all)
+    }
+
+    /// Removes documents by their ids.
+    pub(super) async fn delete_ids(&self, all: Vec<(Collection, Vec<Bson>)>) -> Result<(), Failure> {
+        for (collection, ids) in all {
+            self.documents(collection).delete_many(doc! { "_id": { "$in": ids } }).await?;
+        }
+        Ok(())
+    }
+
+    async fn found_documents(
+        &self,
+        collection: Collection,
+        filter: Document,
+    ) -> Result<Vec<Versioned<store::Document>>, Failure> {
         // The newest first, since of several with one key that is the one that counts.
         let rows = collect(self.documents(collection).find(filter).sort(doc! { "_id": -1 }).await?).await?;
         let mut keys = HashSet::new();

@@ -14,7 +14,7 @@ use super::{
     failure::{Failure, is_duplicate, is_other_name},
     servers::collect,
 };
-use crate::store::{self, ACTIVE, StoreError};
+use crate::store::{self, ACTIVE, SERVER, StoreError};
 
 /// How often duplicates are removed while mcp-api may write new ones.
 const ATTEMPTS: usize = 3;
@@ -39,6 +39,7 @@ impl Database {
         ensure_unique(&self.secrets, index("secret_unique", fields, unique.clone())).await?;
         self.ensure_plain(&self.tools, "server").await?;
 
+        self.adopt().await?;
         for collection in store::Collection::ALL {
             let (rows, key) = (self.documents(collection), collection.key());
             let mut named = unique.clone();
@@ -46,6 +47,9 @@ impl Database {
             // has this form because MongoDB sees from it that the index serves searches for a key.
             named.partial_filter_expression = Some(doc! { key: { "$gt": "" } });
             ensure_unique(&rows, index(&format!("{key}_unique"), doc! { key: 1 }, named)).await?;
+        }
+        for collection in store::Collection::OF_SERVERS {
+            self.ensure_plain(&self.documents(collection), SERVER).await?;
         }
         // Only jobs have the field, and every worker looks for the active ones again and again.
         self.ensure_plain(&self.documents(store::Collection::Jobs), ACTIVE).await

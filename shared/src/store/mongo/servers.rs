@@ -88,6 +88,7 @@ impl Database {
         let name = &server.0.name;
         // Read before it is known that no server has the name: so they belong to none that comes later.
         let left = self.rows_of(None, name).await?;
+        let left_documents = self.ids_of(name).await?;
         if let Some(existing) = self.name_like(name).await? {
             return Err(StoreError::AlreadyExists { existing }.into());
         }
@@ -98,6 +99,7 @@ impl Database {
             );
             self.delete_rows(&left).await?;
         }
+        self.delete_ids(left_documents).await?;
         let revision = first_revision()?;
         let document = documents::new_document(server, revision)?;
         match self.servers.clone_with_type::<Document>().insert_one(document).await {
@@ -159,6 +161,7 @@ impl Database {
         let records: Vec<Document> = collect_documents(found).await?;
         self.delete_rows(&rows).await?;
         self.delete_tools(name).await?;
+        self.delete_ids(self.ids_of(name).await?).await?;
         let mut existed = false;
         for record in &records {
             let mut filter = doc! { "_id": { "$eq": record.get("_id").cloned() } };
@@ -168,8 +171,11 @@ impl Database {
         for record in &records {
             self.delete_rows_of_incarnation(name, &documents::incarnation(record)).await?;
         }
+        // Read before it is known that no server has the name: so they belong to none that comes later.
+        let left = self.ids_of(name).await?;
         if self.incarnation(name.as_str()).await?.is_none() {
             self.delete_tools(name).await?;
+            self.delete_ids(left).await?;
         }
         Ok(existed)
     }

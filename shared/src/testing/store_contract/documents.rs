@@ -4,8 +4,11 @@ use std::{collections::HashSet, sync::Arc};
 
 use serde_json::{Value, json};
 
-use super::{compete, document, one_won, unique};
-use crate::store::{Collection, Document, Revision, Store, StoreError, Versioned};
+use super::{compete, document, one_won, registered, server, unique};
+use crate::{
+    ids::ServerName,
+    store::{Collection, Document, Revision, Store, StoreError, Versioned},
+};
 
 /// A document comes back as it was, with fields that nobody knows, alone and among the others.
 pub async fn a_document_is_kept_whole(store: Arc<dyn Store>) {
@@ -257,6 +260,79 @@ pub async fn documents_are_listed_in_the_order_in_which_they_were_added(store: A
         let now = listed(&*store, collection, false, &base).await;
         assert_eq!(keys(collection, &now), [&names[0], &names[2], &names[3], &names[1]]);
     }
+}
+
+/// The server is the one that a document names now, letter by letter.
+pub async fn documents_of_a_server_are_listed_alone(store: Arc<dyn Store>) {
+    let (base, one) = (unique("of"), ServerName::from_stored(unique("One")));
+    let other = ServerName::from_stored(one.as_str().to_uppercase());
+    for collection in Collection::ALL {
+        if collection.key() == "serverName" {
+            continue;
+        }
+        let names = ["m", "z", "a", "k", "none", "number"].map(|letter| format!("{letter}-{base}"));
+        let servers = [&one, &one, &other, &one].map(|server| Value::from(server.as_str()));
+        for (name, server) in names.iter().zip(servers.into_iter().chain([Value::Null, 7.into()])) {
+            let mut document = document(collection, name);
+            document.insert("serverName".to_owned(), server);
+            store.insert_document(collection, &document).await.unwrap();
+        }
+        let mut found = store.documents_of(collection, &one).await.unwrap();
+        assert_eq!(keys(collection, &found), [&names[0], &names[1], &names[3]]);
+        let first = store.document(collection, &names[0]).await.unwrap();
+        assert_eq!(first.as_ref(), Some(&found[0]));
+
+        let mut moved = found.remove(0);
+        moved.value.insert("serverName".to_owned(), other.as_str().into());
+        store.replace_document(collection, &moved.value, moved.revision).await.unwrap();
+        let found = store.documents_of(collection, &one).await.unwrap();
+        assert_eq!(keys(collection, &found), [&names[1], &names[3]]);
+        let found = store.documents_of(collection, &other).await.unwrap();
+        assert_eq!(keys(collection, &found), [&names[0], &names[2]]);
+    }
+    let job = document(Collection::Jobs, one.as_str());
+    store.insert_document(Collection::Jobs, &job).await.unwrap();
+    let found = store.documents_of(Collection::Jobs, &one).await.unwrap();
+    assert_eq!(found.iter().map(|found| &found.value).collect::<Vec<_>>(), [&job]);
+}
+
+/// With a server go its users' sessions, tokens and logins, and nothing else. A later server of its name
+/// inherits none, also not what was stored after the deletion.
+pub async fn documents_of_a_server_go_with_it(store: Arc<dyn Store>) {
+    let (gone, stays) = (registered(&*store, "gone").await, registered(&*store, "stays").await);
+    let of_server = |collection| Collection::OF_SERVERS.contains(&collection);
+    let put = async |server: &ServerName| {
+        for collection in Collection::ALL {
+            let key = if collection == Collection::Jobs { server.to_string() } else { unique("document") };
+            let mut document = document(collection, &key);
+            document.insert("serverName".to_owned(), server.as_str().into());
+            store.insert_document(collection, &document).await.unwrap();
+        }
+    };
+    put(&gone).await;
+    put(&stays).await;
+    let counts = async |server: &ServerName| {
+        let mut counts = Vec::new();
+        for collection in Collection::ALL {
+            counts.push((of_server(collection), store.documents_of(collection, server).await.unwrap().len()));
+        }
+        counts
+    };
+    let left = |count: (bool, usize)| count.1 == usize::from(!count.0);
+    assert!(store.delete_server(&gone).await.unwrap());
+    assert!(counts(&gone).await.into_iter().all(left));
+    assert!(counts(&stays).await.into_iter().all(|(_, count)| count == 1));
+
+    let mut late = document(Collection::OAuthTokens, &unique("late"));
+    late.insert("serverName".to_owned(), gone.as_str().into());
+    store.insert_document(Collection::OAuthTokens, &late).await.unwrap();
+    store.insert_server(&server(gone.as_str())).await.unwrap();
+    assert!(counts(&gone).await.into_iter().all(left));
+    // A repeated deletion completes one that was cut short.
+    assert!(store.delete_server(&gone).await.unwrap());
+    store.insert_document(Collection::OAuthTokens, &late).await.unwrap();
+    assert!(!store.delete_server(&gone).await.unwrap());
+    assert!(counts(&gone).await.into_iter().all(left));
 }
 
 /// A test's own documents of a listing, by a part of their keys.

@@ -257,3 +257,97 @@ async fn what_a_crash_left_of_a_deleted_server_is_not_inherited() {
     store.put_secret(&secret(&user("u"), &name("echo.x"), "K", "new")).await.unwrap();
     assert_eq!(store.secrets(&user("u"), &name("echo.x")).await.unwrap().len(), 1);
 }
+
+/// As mcp-api stores a user's tokens.
+fn tokens_of_mcp_api(user: &str, access: &str) -> Document {
+    doc! {
+        "serverName": "echo", "username": user, "tokenType": "Bearer", "accessToken": access,
+        "refreshToken": Bson::Null, "expiresAt": DateTime::from_millis(CREATED), "scopes": ["a", "b"],
+        "clientId": "client", "clientSecret": Bson::Null, "codeVerifier": Bson::Null, "redirectUri": "https://x/",
+        "createdAt": DateTime::from_millis(CREATED), "updatedAt": DateTime::from_millis(CREATED),
+        "owner": ObjectId::from_bytes([7; 12]),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sessions_tokens_and_clients_get_the_key_that_theirs_lack() {
+    // `ghp_exampleToken` and nothing at all, with the key of a database that was never told one.
+    const OLD: &str =
+        "000102030405060708090a0b:3bd44ac43a96878a74f26e0391a6fb13:cebed4d40cbb04ecb1381bcb69372053";
+    const NONE: &str = "000102030405060708090a0b:7300369bafc4766dbf0d4acd645e32dd:";
+    let (settings, own) = fresh().await;
+    own.0.collection::<Document>("mcp").insert_one(written_by_mcp_api("echo")).await.unwrap();
+    let secret = doc! { "username": "alice", "key": "echo.TOKEN", "value": OLD };
+    own.0.collection::<Document>("secrets").insert_one(secret).await.unwrap();
+    let tokens = own.0.collection::<Document>("mcpOAuthTokens");
+    let mut newest = tokens_of_mcp_api("bob", OLD);
+    newest.insert("updatedAt", DateTime::from_millis(CREATED + 1));
+    tokens
+        .insert_many([
+            tokens_of_mcp_api("alice", OLD),
+            // Of two the one that was written last stays, else the one that was added last.
+            newest,
+            tokens_of_mcp_api("bob", NONE),
+            tokens_of_mcp_api("carol", NONE),
+            tokens_of_mcp_api("carol", OLD),
+            doc! { "serverName": "echo", "accessToken": OLD },
+        ])
+        .await
+        .unwrap();
+    let session = doc! { "serverName": "echo", "username": "alice", "sessionId": OLD };
+    own.0.collection::<Document>("mcpUserSessions").insert_one(session).await.unwrap();
+    let client =
+        doc! { "issuer": "https://i", "redirectUri": "https://x/", "clientId": "c", "clientSecret": OLD };
+    own.0.collection::<Document>("mcpDcrClients").insert_one(client).await.unwrap();
+
+    let store = MongoStore::connect(settings.clone()).await.unwrap();
+    let open = async |store: &Arc<MongoStore>| {
+        let store = Arc::clone(store) as Arc<dyn Store>;
+        Vault::open(store, KeySource::Text("secret".into()), None).await.unwrap()
+    };
+    let vault = open(&store).await;
+    let (alice, echo) = (user("alice"), name("echo"));
+    for who in ["alice", "bob", "carol"] {
+        let read = vault.oauth_tokens(&user(who), &echo).await.unwrap().unwrap().value;
+        assert_eq!(read.access_token.expose_secret(), "ghp_exampleToken", "{who}");
+        assert_eq!((read.scopes.join(" ").as_str(), read.expires_at.unwrap().millis()), ("a b", CREATED));
+    }
+    let read = vault.session(&alice, &echo).await.unwrap().unwrap();
+    assert_eq!(read.value.id.expose_secret(), "ghp_exampleToken");
+    assert_eq!(vault.sessions_of(&echo).await.unwrap().len(), 1);
+    let read = vault.oauth_client("https://i", "https://x/").await.unwrap().unwrap();
+    assert_eq!(read.client_secret.unwrap().expose_secret(), "ghp_exampleToken");
+    // What says not whose it is stays where it is.
+    assert_eq!(tokens.count_documents(doc! {}).await.unwrap(), 4);
+
+    // mcp-api finds what is written here, with its types.
+    let mut read = vault.oauth_tokens(&alice, &echo).await.unwrap().unwrap();
+    read.value.expires_at = Some(Timestamp::from_millis(CREATED + 5));
+    vault.put_oauth_tokens(&read.value, Some(read.revision)).await.unwrap();
+    let of_alice = doc! { "serverName": "echo", "username": "alice" };
+    let stored = tokens.find_one(of_alice.clone()).await.unwrap().unwrap();
+    assert_eq!(stored["expiresAt"], DateTime::from_millis(CREATED + 5).into());
+    assert_eq!(stored["createdAt"], DateTime::from_millis(CREATED).into());
+    assert_eq!(
+        (&stored["owner"], &stored["clientSecret"]),
+        (&ObjectId::from_bytes([7; 12]).into(), &Bson::Null)
+    );
+    let by_mcp_api =
+        doc! { "$set": { "accessToken": NONE, "expiresAt": DateTime::from_millis(CREATED + 9) } };
+    tokens.update_one(of_alice, by_mcp_api).await.unwrap();
+    let read = vault.oauth_tokens(&alice, &echo).await.unwrap().unwrap().value;
+    assert_eq!(read.expires_at.unwrap().millis(), CREATED + 9);
+
+    // What it adds while we run is picked up at the next start.
+    let mut late = tokens_of_mcp_api("alice", NONE);
+    late.insert("updatedAt", DateTime::from_millis(CREATED + 1_000_000_000_000));
+    late.insert("clientId", "late");
+    tokens.insert_many([late, tokens_of_mcp_api("dave", OLD)]).await.unwrap();
+    let vault = open(&MongoStore::connect(settings).await.unwrap()).await;
+    let read = vault.oauth_tokens(&alice, &echo).await.unwrap().unwrap().value;
+    assert_eq!(read.client_id.as_deref(), Some("late"));
+    assert_eq!(vault.users_with_tokens(&echo).await.unwrap(), 4);
+    assert!(store.delete_server(&echo).await.unwrap());
+    assert_eq!(tokens.count_documents(doc! {}).await.unwrap(), 0);
+    assert!(vault.sessions_of(&echo).await.unwrap().is_empty());
+}
