@@ -6,6 +6,8 @@ mod discovery;
 mod http;
 mod login;
 mod refresh;
+#[cfg(test)]
+mod tests;
 
 use std::{
     collections::HashMap,
@@ -16,6 +18,7 @@ use std::{
 use mcp_shared::{
     error::{ErrorCode, Outcome, WorkerError},
     ids::{ServerName, UserId, WorkerId},
+    limits,
     remote::{RemoteAnswer, RemoteAsk},
     server::{ServerRecord, Transport},
     store::Revision,
@@ -58,6 +61,8 @@ struct Inner {
     /// Runs what must not end with its caller.
     tasks: TaskTracker,
     stopping: CancellationToken,
+    /// After how long without a change another worker's claim is void.
+    takeover: Duration,
 }
 
 impl OAuth {
@@ -71,7 +76,8 @@ impl OAuth {
         stopping: CancellationToken,
     ) -> Self {
         let (cache, flights) = (Cache::new(), Mutex::default());
-        Self(Arc::new(Inner { vault, http, worker, cache, flights, tasks, stopping }))
+        let takeover = limits::OAUTH_REFRESH_TAKEOVER;
+        Self(Arc::new(Inner { vault, http, worker, cache, flights, tasks, stopping, takeover }))
     }
 
     /// The access token for requests of a user, refreshed first if it is about to end; `None`: the user has
