@@ -18,6 +18,8 @@ mod edge;
 mod framing;
 #[path = "../it/lifecycle.rs"]
 mod lifecycle;
+#[path = "../it/logins.rs"]
+mod logins;
 #[path = "../it/packages.rs"]
 mod packages;
 #[path = "../it/packages_input.rs"]

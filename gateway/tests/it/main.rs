@@ -13,6 +13,7 @@ mod embedded;
 mod fixture;
 mod framing;
 mod lifecycle;
+mod logins;
 mod packages;
 mod packages_input;
 mod processes;
