@@ -140,6 +140,7 @@ async fn start(
         payload_limit: settings.payload_limit,
         changes,
         stop: stop.clone(),
+        egress: settings.remote.egress.clone(),
         latest: LatestVersions::default(),
     };
     Ok((backend, app))

@@ -6,6 +6,7 @@ pub mod jobs;
 pub mod package_input;
 pub mod package_view;
 pub mod packages;
+pub mod remote_input;
 pub mod secrets;
 pub mod server_input;
 pub mod server_view;
