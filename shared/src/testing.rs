@@ -7,6 +7,7 @@ pub mod fixture;
 mod http;
 pub mod link;
 pub mod registry;
+pub mod remote;
 pub mod services;
 pub mod store_contract;
 pub mod tools;

@@ -194,7 +194,12 @@ fn number<T: std::str::FromStr>(flag: &str, value: &str) -> Result<T, String> {
 /// code. `args` are the flags of the module's table; they must stand among the process's own arguments
 /// (behind whatever made the caller come here), because `--wrapper` and `--ignore-stop` start the
 /// process again with them.
+///
+/// Behind `--http` they are those of [`super::remote`], and it serves MCP over HTTP instead.
 pub fn run(args: &[String]) -> i32 {
+    if args.first().is_some_and(|flag| flag == "--http") {
+        return super::remote::run(args);
+    }
     let options = match Options::parse(args) {
         Ok(options) => options,
         Err(error) => {
@@ -242,6 +247,14 @@ pub fn run(args: &[String]) -> i32 {
         thread::sleep(LINGER);
     }
     0
+}
+
+/// Serves MCP between these two, with flags of the table that concern no process.
+pub(super) fn serve(args: &[String], input: impl io::Read, output: impl Write + Send + 'static) {
+    match Options::parse(args) {
+        Ok(options) => Server::new(options, Output::new(output)).serve(input),
+        Err(error) => complain(&error),
+    }
 }
 
 /// Behaves like the launchers that packages are started with: a child does the work, and closing the
@@ -300,12 +313,12 @@ fn own_command(args: Vec<OsString>) -> Command {
 }
 
 /// Writes a line to standard error; who closed it does not want to know.
-fn complain(text: &str) {
+pub(super) fn complain(text: &str) {
     let _ = io::stderr().lock().write_all(format!("{text}\n").as_bytes());
 }
 
 /// Appends a line with one write, so that lines of several processes do not mix.
-fn append_line(path: &Path, text: &str) -> io::Result<()> {
+pub(super) fn append_line(path: &Path, text: &str) -> io::Result<()> {
     let mut file = OpenOptions::new().create(true).append(true).open(path)?;
     file.write_all(format!("{text}\n").as_bytes())
 }
