@@ -20,6 +20,8 @@ mod framing;
 mod lifecycle;
 #[path = "../it/logins.rs"]
 mod logins;
+#[path = "../it/oauth.rs"]
+mod oauth;
 #[path = "../it/packages.rs"]
 mod packages;
 #[path = "../it/packages_input.rs"]

@@ -13,7 +13,7 @@ use crate::deployment::{Answer, Builder, Deployment};
 /// Where browsers are told to find the program. Nothing is ever sent there.
 const PUBLIC: &str = "https://mcp.example.com";
 
-fn builder() -> Builder {
+pub fn builder() -> Builder {
     Deployment::builder().env("EGRESS_ALLOW", "127.0.0.0/8").env("RUST_LOG", "trace")
 }
 
@@ -26,7 +26,7 @@ async fn add_remote(api: &Deployment, name: &str, authorization: &Authorization)
 }
 
 /// A browser's request, to the gateways in turn.
-async fn open(api: &Deployment, address: &str, cookie: Option<&str>) -> Answer {
+pub async fn open(api: &Deployment, address: &str, cookie: Option<&str>) -> Answer {
     let client = Client::builder().redirect(Policy::none()).no_proxy().build().unwrap();
     let mut request = client.get(format!("{}{address}", api.base()));
     if let Some(cookie) = cookie {
@@ -38,15 +38,17 @@ async fn open(api: &Deployment, address: &str, cookie: Option<&str>) -> Answer {
 }
 
 /// A login that was begun.
-struct Begun {
-    location: String,
+pub struct Begun {
+    /// Where the browser is sent.
+    pub location: String,
     parameters: BTreeMap<String, String>,
     /// The whole line.
     set_cookie: String,
 }
 
 impl Begun {
-    async fn at(api: &Deployment, address: &str) -> Self {
+    /// Begins one.
+    pub async fn at(api: &Deployment, address: &str) -> Self {
         let answer = open(api, address, None).await;
         assert_eq!(answer.status, 302, "{}", answer.text);
         let text = |name: header::HeaderName| answer.headers[name].to_str().unwrap().to_owned();
@@ -57,19 +59,19 @@ impl Begun {
     }
 
     /// What the browser sends back.
-    fn cookie(&self) -> &str {
+    pub fn cookie(&self) -> &str {
         self.set_cookie.split(';').next().unwrap()
     }
 }
 
 /// Path and query of an address.
-fn local(url: &str) -> String {
+pub fn local(url: &str) -> String {
     let url = Url::parse(url).unwrap();
     format!("{}?{}", url.path(), url.query().unwrap_or_default())
 }
 
 /// Asserts that texts are in no log and in no file.
-fn nowhere(api: &Deployment, texts: &[&str]) {
+pub fn nowhere(api: &Deployment, texts: &[&str]) {
     fn search(folder: &std::path::Path, texts: &[&str]) {
         for entry in std::fs::read_dir(folder).unwrap() {
             let path = entry.unwrap().path();

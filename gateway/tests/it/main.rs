@@ -14,6 +14,7 @@ mod fixture;
 mod framing;
 mod lifecycle;
 mod logins;
+mod oauth;
 mod packages;
 mod packages_input;
 mod processes;
