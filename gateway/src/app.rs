@@ -17,6 +17,7 @@ use mcp_shared::{
     worker_api::{CallContext, Change, ServerReport, ServerStatus, WorkerApi},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use url::Url;
 
 use crate::{
     body::{self, Field, Fields},
@@ -43,6 +44,8 @@ pub struct App {
     pub egress: Egress,
     /// The latest versions of packages, as registries said lately.
     pub latest: LatestVersions,
+    /// Where browsers find this program, if it was told.
+    pub public_url: Option<Url>,
 }
 
 /// The id that the edge gave the request.

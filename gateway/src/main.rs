@@ -10,6 +10,7 @@ mod documentation;
 mod edge;
 mod install_on_start;
 mod latest;
+mod login;
 mod problem;
 mod router;
 mod routes;
@@ -142,6 +143,7 @@ async fn start(
         stop: stop.clone(),
         egress: settings.remote.egress.clone(),
         latest: LatestVersions::default(),
+        public_url: settings.remote.public_url.clone(),
     };
     Ok((backend, app))
 }

@@ -13,7 +13,7 @@ use crate::{
     app::App,
     edge::{Allowed, edge},
     problem::Problem,
-    routes::{fleet, health, jobs, packages, secrets, servers, tools},
+    routes::{auth, fleet, google, health, jobs, oauth, packages, secrets, servers, tools},
 };
 
 /// What is answered while the program starts: an orchestrator can see that it lives and what it waits
@@ -45,6 +45,7 @@ pub fn router(app: Arc<App>, allowed: Arc<Allowed>) -> Router {
         .route("/mcp/servers/{name}/enable", put(servers::enable))
         .route("/mcp/servers/{name}/disable", put(servers::disable))
         .route("/mcp/servers/{name}/delete-impact", get(servers::delete_impact))
+        .route("/mcp/servers/{name}/oauth", post(oauth::set).delete(oauth::delete))
         .route("/packages", get(packages::list))
         .route("/packages/install", post(packages::install))
         .route("/packages/updates", get(packages::updates))
@@ -59,6 +60,11 @@ pub fn router(app: Arc<App>, allowed: Arc<Allowed>) -> Router {
         .route("/packages/{name}/upgrade", put(packages::upgrade))
         .route("/secrets/set", post(secrets::set))
         .route("/secrets/delete", post(secrets::delete))
+        .route("/auth/callback", get(auth::callback))
+        .route("/auth/client.json", get(auth::client))
+        .route("/auth/google/login", get(google::login))
+        .route("/auth/google/callback", get(google::callback))
+        .route("/auth/{server}/login", get(auth::login))
         .fallback(async || Problem::new(ErrorCode::NotFound, "There is no such route"))
         .method_not_allowed_fallback(async || {
             Problem::new(ErrorCode::MethodNotAllowed, "This route does not have that method")

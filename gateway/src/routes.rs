@@ -1,8 +1,11 @@
 //! The handlers, one file per noun. [`crate::router`] lists the routes.
 
+pub mod auth;
 pub mod fleet;
+pub mod google;
 pub mod health;
 pub mod jobs;
+pub mod oauth;
 pub mod package_input;
 pub mod package_view;
 pub mod packages;

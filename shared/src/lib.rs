@@ -7,6 +7,7 @@ pub mod crypter;
 pub mod egress;
 pub mod error;
 pub mod fleet;
+pub mod google;
 pub mod hosting;
 pub mod ids;
 pub mod json;

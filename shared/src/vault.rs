@@ -19,6 +19,7 @@ use crate::{
 
 mod packages;
 mod remote;
+mod tokens;
 
 /// The fact that holds the salt of the passphrase.
 const SALT_FACT: &str = "argon2-salt";

@@ -21,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 use zeroize::Zeroizing;
 
 use crate::{
+    google,
     group::{Group, NoSlot, current},
     host::Host,
     leases::no_worker,
@@ -188,12 +189,12 @@ impl Call {
     /// The arguments with the user's secrets, and the guard that keeps these out of logs.
     async fn with_secrets(&self, arguments: &RawJson, group: &Arc<Group>) -> Result<Arguments, WorkerError> {
         let record = current(&self.entry.record);
-        let secrets = self
-            .host
-            .secrets
-            .for_call(&self.user, &record)
-            .await
-            .map_err(|error| error.outcome(Outcome::NotStarted))?;
+        let not_started = |error: WorkerError| error.outcome(Outcome::NotStarted);
+        let mut secrets = self.host.secrets.for_call(&self.user, &record).await.map_err(not_started)?;
+        let hidden =
+            google::hidden(&self.host, &self.user, &record, &self.offer.tool).await.map_err(not_started)?;
+        let within: Vec<_> = hidden.iter().flat_map(|document| google::secrets_in(&document.value)).collect();
+        secrets.extend(hidden);
         if secrets.is_empty() {
             return Ok(Arguments { merged: None, known: None });
         }
@@ -201,7 +202,7 @@ impl Call {
             WorkerError::new(ErrorCode::InvalidRequest, "args must be a JSON object")
                 .outcome(Outcome::NotStarted)
         })?;
-        let known = group.log().remember(secrets.iter().map(|secret| &secret.value));
+        let known = group.log().remember(secrets.iter().map(|secret| &secret.value).chain(&within));
         Ok(Arguments { merged: Some(merged), known: Some(known) })
     }
 

@@ -7,7 +7,7 @@ use std::{
 };
 
 use mcp_shared::{
-    config::{PackageSettings, RemoteSettings},
+    config::{GoogleCredentials, PackageSettings, RemoteSettings},
     ids::{SecretName, UserId, WorkerId},
     server::{Isolation, Scaling, ServerRecord},
     store::SealedSecret,
@@ -56,6 +56,8 @@ pub struct Host {
     pub http: Outgoing,
     /// Users' tokens for remote servers.
     pub oauth: OAuth,
+    /// The application's credentials at Google.
+    pub google: Option<GoogleCredentials>,
     /// Every task of this worker.
     pub tasks: TaskTracker,
     /// Set when the worker takes no more calls.
@@ -97,18 +99,21 @@ impl Host {
         let tasks = TaskTracker::new();
         let leases = (boot == Boot::OnDemand)
             .then(|| Leases::new(Arc::clone(vault.store()), worker_id.clone(), tasks.clone()));
-        let oauth = OAuth::new(vault.clone(), http.clone(), worker_id.clone(), remote);
+        let stopping = CancellationToken::new();
+        let oauth =
+            OAuth::new(vault.clone(), http.clone(), worker_id.clone(), tasks.clone(), stopping.clone());
         Self {
             worker_id,
             secrets: SecretCache::new(vault.clone()),
             supervisor: Supervisor::new(executable),
             packages: Arc::new(Packages::new(packages)),
             oauth,
+            google: remote.google.clone(),
             http,
             vault,
             tasks,
             draining: CancellationToken::new(),
-            stopping: CancellationToken::new(),
+            stopping,
             leases,
             changed: watch::Sender::new(()),
             background_starts: Semaphore::new(BACKGROUND_STARTS),

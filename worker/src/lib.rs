@@ -2,6 +2,7 @@
 
 pub mod bus;
 mod call;
+mod google;
 mod group;
 pub mod health;
 mod host;

@@ -29,7 +29,8 @@ impl Refusal {
         Self { text: text.into(), failure: None }
     }
 
-    fn of(step: &str, failure: Failure) -> Self {
+    /// What came instead of the answer to a step.
+    pub fn of(step: &str, failure: Failure) -> Self {
         let text = match &failure {
             Failure::Rpc(RpcError { code, message }) => format!("it refused {step}: {message} ({code})"),
             Failure::TooLarge => format!("its answer to {step} was too large"),
@@ -47,7 +48,10 @@ impl Refusal {
 /// describe itself instead.
 pub async fn negotiate(connection: &Connection) -> Result<(), Refusal> {
     match initialize(connection).await {
-        Ok(_) => initialized(connection).await,
+        Ok(_) => {
+            let told = connection.notify("notifications/initialized", None).await;
+            told.map_err(|failure| Refusal::of("notifications/initialized", failure))
+        }
         Err(refused) => match &refused.failure {
             Some(Failure::Rpc(_)) => discover(connection).await.or(Err(refused)),
             _ => Err(refused),
@@ -55,8 +59,8 @@ pub async fn negotiate(connection: &Connection) -> Result<(), Refusal> {
     }
 }
 
-/// Begins to talk as every protocol up to 2025-11-25 wants it; the version that the server chose. The
-/// notification [`initialized`] has to follow.
+/// Begins to talk as every protocol up to 2025-11-25 wants it; the version that the server chose. The notification
+/// `initialized` has to follow.
 pub async fn initialize(connection: &Connection) -> Result<String, Refusal> {
     let params = InitializeRequestParams::new(ClientCapabilities::default(), client())
         .with_protocol_version(ProtocolVersion::LATEST_WITH_INITIALIZE);
@@ -71,12 +75,6 @@ pub async fn initialize(connection: &Connection) -> Result<String, Refusal> {
         return Err(Refusal::new(format!("it speaks MCP version {version}, which is not known here")));
     }
     Ok(version)
-}
-
-/// Says that the answer to `initialize` was understood.
-pub async fn initialized(connection: &Connection) -> Result<(), Refusal> {
-    let told = connection.notify("notifications/initialized", None).await;
-    told.map_err(|failure| Refusal::of("notifications/initialized", failure))
 }
 
 /// The version of the protocol without sessions.

@@ -1,18 +1,39 @@
 //! Users' logins to remote servers: their tokens, refreshed by one worker at a time, and how they get
 //! them.
 
+mod cache;
+mod discovery;
+mod http;
+mod login;
+mod refresh;
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
 use mcp_shared::{
-    config::RemoteSettings,
-    error::WorkerError,
+    error::{ErrorCode, Outcome, WorkerError},
     ids::{ServerName, UserId, WorkerId},
     remote::{RemoteAnswer, RemoteAsk},
-    server::ServerRecord,
+    server::{ServerRecord, Transport},
     store::Revision,
     vault::Vault,
 };
-use secrecy::SecretString;
+use secrecy::{ExposeSecret, SecretString};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
+use self::{
+    cache::{Cache, Key, Tokens},
+    refresh::Flight,
+};
 use crate::outgoing::Outgoing;
+
+/// How long nobody tries again to refresh tokens ahead of their end, after that has failed.
+const PAUSE: Duration = Duration::from_secs(5);
+/// As [`PAUSE`], of tokens that have ended: their users wait.
+const SHORT_PAUSE: Duration = Duration::from_secs(1);
 
 /// An access token as it was when it was read.
 #[derive(Debug, Clone)]
@@ -23,27 +44,65 @@ pub struct Bearer {
     pub revision: Revision,
 }
 
-/// Users' tokens for remote servers.
-pub struct OAuth {}
+/// Users' tokens for remote servers. Cloning it is cheap.
+#[derive(Clone)]
+pub struct OAuth(Arc<Inner>);
 
-#[allow(unused_variables, clippy::todo, dead_code)]
+struct Inner {
+    vault: Vault,
+    http: Outgoing,
+    worker: WorkerId,
+    cache: Cache,
+    /// Refreshes under way in this worker.
+    flights: Mutex<HashMap<Key, Flight>>,
+    /// Runs what must not end with its caller.
+    tasks: TaskTracker,
+    stopping: CancellationToken,
+}
+
 impl OAuth {
-    /// Tokens of the store, refreshed through `http` by this worker.
-    pub fn new(vault: Vault, http: Outgoing, worker: WorkerId, settings: &RemoteSettings) -> Self {
-        Self {}
+    /// Tokens of the store, refreshed through `http` by this worker. What has to be carried through whoever
+    /// waits for it runs as one of `tasks`; what only waits for others ends when `stopping` is set.
+    pub fn new(
+        vault: Vault,
+        http: Outgoing,
+        worker: WorkerId,
+        tasks: TaskTracker,
+        stopping: CancellationToken,
+    ) -> Self {
+        let (cache, flights) = (Cache::new(), Mutex::default());
+        Self(Arc::new(Inner { vault, http, worker, cache, flights, tasks, stopping }))
     }
 
     /// The access token for requests of a user, refreshed first if it is about to end; `None`: the user has
     /// none. An error says that the user has to log in again, or that the token cannot be had right now.
     pub async fn bearer(&self, user: &UserId, record: &ServerRecord) -> Result<Option<Bearer>, WorkerError> {
-        Ok(None)
+        let key = (user.clone(), record.name.clone());
+        let Some(tokens) = self.0.known(&key).await? else { return Ok(None) };
+        if !tokens.due() {
+            return Ok(Some(tokens.bearer()));
+        }
+        if tokens.stored.value.refused.is_some() || tokens.stored.value.refresh_token.is_none() {
+            if tokens.lives() {
+                return Ok(Some(tokens.bearer()));
+            }
+            // The user may have logged in since, on a gateway of which this worker has not heard.
+            return self.0.renewed(&key, record, &tokens).await.map(|tokens| Some(tokens.bearer()));
+        }
+        if let Some(error) = tokens.paused() {
+            return if tokens.lives() { Ok(Some(tokens.bearer())) } else { Err(error) };
+        }
+        match self.0.renewed(&key, record, &tokens).await {
+            Ok(renewed) => Ok(Some(renewed.bearer())),
+            // It serves as long as it lives, whatever is wrong with the authorization server.
+            Err(_) if tokens.lives() => Ok(Some(tokens.bearer())),
+            Err(error) => Err(error),
+        }
     }
 
     /// Another token in place of one that the remote server refused with 401 (`refused` is `None` where no
     /// token was sent). `challenge` is its `WWW-Authenticate`. An error is [`ErrorCode::ReauthRequired`] when
     /// the user has to log in.
-    ///
-    /// [`ErrorCode::ReauthRequired`]: mcp_shared::error::ErrorCode::ReauthRequired
     pub async fn refused(
         &self,
         user: &UserId,
@@ -51,17 +110,119 @@ impl OAuth {
         refused: Option<&Bearer>,
         challenge: Option<&str>,
     ) -> Result<Bearer, WorkerError> {
-        Err(WorkerError::new(mcp_shared::error::ErrorCode::ReauthRequired, "log in"))
+        tracing::debug!(server = %record.name, challenge = challenge.is_some(), "a remote server wants a login");
+        let key = (user.clone(), record.name.clone());
+        let other = |tokens: &Tokens| {
+            let token = tokens.stored.value.access_token.expose_secret();
+            refused.is_none_or(|refused| refused.token.expose_secret() != token) && tokens.lives()
+        };
+        if let Some(Some(tokens)) = self.0.cache.get(&key)
+            && other(&tokens)
+        {
+            return Ok(tokens.bearer());
+        }
+        let tokens = self.0.read(&key).await?;
+        let Some(tokens) = tokens else { return Err(reauth(&key, None, "has not logged in to it")) };
+        if other(&tokens) {
+            return Ok(tokens.bearer());
+        }
+        if let Some(error) = tokens.paused() {
+            return Err(error);
+        }
+        self.0.renewed(&key, record, &tokens).await.map(|tokens| tokens.bearer())
     }
 
     /// Forgets what is remembered of a user's tokens for a server.
-    pub fn forget(&self, user: &UserId, server: &ServerName) {}
+    pub fn forget(&self, user: &UserId, server: &ServerName) {
+        self.0.cache.forget(&(user.clone(), server.clone()));
+    }
 
     /// Forgets everything that is remembered: changes may have been missed.
-    pub fn forget_all(&self) {}
+    pub fn forget_all(&self) {
+        self.0.cache.forget_all();
+    }
 
     /// Does what a gateway asks: all of [`RemoteAsk`] but the end of sessions.
     pub async fn answer(&self, ask: RemoteAsk) -> Result<RemoteAnswer, WorkerError> {
-        todo!()
+        match ask {
+            RemoteAsk::Issuer { server } => {
+                let record = self.0.remote(&server).await?;
+                let found = discovery::discover(&self.0.http, url_of(&record), None).await;
+                Ok(RemoteAnswer::Issuer { issuer: found.ok().map(|found| found.issuer) })
+            }
+            RemoteAsk::BeginLogin(begin) => self.0.begin_login(begin).await,
+            RemoteAsk::FinishLogin { id } => {
+                let inner = Arc::clone(&self.0);
+                // A code can be used once: what it gives must not be lost because a browser went away.
+                let finished = self.0.tasks.spawn(async move { inner.finish_login(&id).await });
+                finished.await.map_err(WorkerError::internal)?
+            }
+            RemoteAsk::EndSessions { .. } => Err(WorkerError::internal("sessions are not ended by logins")),
+        }
     }
+}
+
+impl Inner {
+    /// A user's tokens as remembered, or as stored.
+    async fn known(&self, key: &Key) -> Result<Option<Arc<Tokens>>, WorkerError> {
+        match self.cache.get(key) {
+            Some(known) => Ok(known),
+            None => self.read(key).await,
+        }
+    }
+
+    /// A user's tokens as stored.
+    async fn read(&self, key: &Key) -> Result<Option<Arc<Tokens>>, WorkerError> {
+        let generation = self.cache.generation(key);
+        let stored = self.vault.oauth_tokens(&key.0, &key.1).await.map_err(not_started)?;
+        let known = self.cache.get(key).flatten();
+        let tokens = stored.map(|stored| match known {
+            // What is remembered with it stays remembered.
+            Some(known) if known.stored.revision == stored.revision => known,
+            _ => Tokens::new(stored),
+        });
+        self.cache.put(key, generation, tokens.clone());
+        Ok(tokens)
+    }
+
+    /// The record of a remote server.
+    async fn remote(&self, server: &ServerName) -> Result<ServerRecord, WorkerError> {
+        let record = self.vault.server(server).await?;
+        let record = record.ok_or_else(|| WorkerError::server_not_found(server))?.value;
+        if record.is_remote() {
+            return Ok(record);
+        }
+        let text = format!("Server {server} is not a remote server");
+        Err(WorkerError::new(ErrorCode::InvalidRequest, text).with("serverName", server.as_str()))
+    }
+}
+
+/// The endpoint of a remote server.
+fn url_of(record: &ServerRecord) -> &str {
+    match &record.transport {
+        Transport::StreamableHttp { url, .. } => url,
+        Transport::Stdio { .. } => "",
+    }
+}
+
+/// Whether two texts name one authorization server. Those that were typed may lack the last slash.
+fn same_issuer(one: &str, other: &str) -> bool {
+    one.trim_end_matches('/') == other.trim_end_matches('/')
+}
+
+/// `reauth_required`: the gateway adds where to begin.
+fn reauth((user, server): &Key, issuer: Option<&str>, why: &str) -> WorkerError {
+    let text = format!("Log in to server {server}: the user {why}");
+    let mut error = WorkerError::new(ErrorCode::ReauthRequired, text)
+        .outcome(Outcome::NotStarted)
+        .with("serverName", server.as_str())
+        .with("username", user.as_str());
+    if let Some(issuer) = issuer {
+        error = error.with("authorizationServer", issuer);
+    }
+    error
+}
+
+fn not_started(error: impl Into<WorkerError>) -> WorkerError {
+    error.into().outcome(Outcome::NotStarted)
 }

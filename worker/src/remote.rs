@@ -125,7 +125,12 @@ fn remember(target: &Target<'_>) -> Result<Known, WorkerError> {
 }
 
 fn endpoint(target: &Target<'_>) -> Result<Endpoint, WorkerError> {
-    Endpoint::new(Arc::clone(target.host), target.user.clone(), Arc::clone(target.record))
+    Endpoint::new(
+        Arc::clone(target.host),
+        target.user.clone(),
+        Arc::clone(target.record),
+        Arc::clone(target.log),
+    )
 }
 
 fn open(target: &Target<'_>) -> Result<(Arc<Http>, Connection, Attempt), Refusal> {
@@ -176,7 +181,7 @@ async fn begin(target: &Target<'_>) -> Result<(Arc<Http>, Connection, Attempt), 
     let refused = match mcp::initialize(&connection).await {
         Ok(version) => {
             http.set_version(&version);
-            mcp::initialized(&connection).await?;
+            initialized(&http).await?;
             return Ok((http, connection, attempt));
         }
         Err(refusal) => refusal,
@@ -198,8 +203,12 @@ async fn begin(target: &Target<'_>) -> Result<(Arc<Http>, Connection, Attempt), 
         Err(failure) => return Err(Refusal { text: refused.text, failure: Some(failure) }),
     }
     mcp::initialize(&connection).await?;
-    mcp::initialized(&connection).await?;
+    initialized(&http).await?;
     Ok((http, connection, attempt))
+}
+
+async fn initialized(http: &Http) -> Result<(), Refusal> {
+    http.initialized().await.map_err(|failure| Refusal::of("notifications/initialized", failure))
 }
 
 /// Whether a refusal would be the same in any dialect.
@@ -331,7 +340,7 @@ impl Watcher {
                 }
             }
             () = stop.cancelled() => {
-                if self.is_over() {
+                if self.is_over().await {
                     self.http.end_session().await;
                 }
             }
@@ -341,14 +350,22 @@ impl Watcher {
         drop(self.known);
     }
 
-    /// Whether nobody will come back to the session.
-    fn is_over(&self) -> bool {
-        let now = current(&self.current);
-        let moved = !matches!(
-            (&now.transport, &self.http.endpoint.record.transport),
-            (Transport::StreamableHttp { url: now, .. }, Transport::StreamableHttp { url: then, .. }) if now == then
-        );
-        self.kept.is_none() || moved
+    /// Whether nobody will come back to the session: it is not stored, or not any more.
+    async fn is_over(&self) -> bool {
+        let Some(kept) = self.kept else { return true };
+        if self.host.stopping.is_cancelled() || self.host.draining.is_cancelled() {
+            return false;
+        }
+        let endpoint = &self.http.endpoint;
+        let url = |record: &ServerRecord| match &record.transport {
+            Transport::StreamableHttp { url, .. } => Some(url.clone()),
+            Transport::Stdio { .. } => None,
+        };
+        if url(&current(&self.current)) != url(&endpoint.record) {
+            return true;
+        }
+        let stored = self.host.vault.session(&endpoint.user, endpoint.server()).await;
+        matches!(stored, Ok(stored) if stored.as_ref().is_none_or(|stored| stored.revision != kept))
     }
 
     async fn forget(&self) {
@@ -379,8 +396,9 @@ async fn end_session(host: Arc<Host>, record: Arc<ServerRecord>, session: Sessio
     let same = matches!(&record.transport, Transport::StreamableHttp { url, .. } if *url == session.url);
     let id: Option<HeaderValue> = session_id(session.id.expose_secret().as_bytes()).filter(|_| same);
     let (Some(id), tasks) = (id, host.tasks.clone()) else { return };
-    if let Ok(endpoint) = Endpoint::new(host, session.user, record) {
-        let (http, connection) = Http::open(endpoint, Arc::default(), &tasks);
+    let log = Arc::<Log>::default();
+    if let Ok(endpoint) = Endpoint::new(host, session.user, record, Arc::clone(&log)) {
+        let (http, connection) = Http::open(endpoint, log, &tasks);
         let _attempt = Attempt(Some(connection));
         http.resume(id, session.protocol_version.as_deref());
         http.end_session().await;

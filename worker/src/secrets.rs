@@ -13,6 +13,7 @@ use std::{
 use lru::LruCache;
 use mcp_shared::{
     error::WorkerError,
+    google::{GoogleFlow, TOKENS_SECRET},
     ids::{SecretName, ServerName, UserId},
     json::{self, RawJson},
     limits,
@@ -44,6 +45,8 @@ pub struct OpenSecret {
     pub name: SecretName,
     /// Its value.
     pub value: SecretString,
+    /// The value is a JSON text, which becomes the argument as it is, and not a string with that text.
+    pub is_json: bool,
 }
 
 impl SecretCache {
@@ -66,20 +69,39 @@ impl SecretCache {
     ) -> Result<Vec<OpenSecret>, WorkerError> {
         let sealed = self.sealed(user, &record.name).await?;
         let named = record.secret_names.as_deref().filter(|names| !names.is_empty());
+        let google = GoogleFlow::of(record).is_some();
         sealed
             .iter()
+            // They have an argument of their own.
+            .filter(|secret| !google || secret.secret_name.as_str() != TOKENS_SECRET)
             .filter(|secret| match named {
                 Some(names) => names.contains(&secret.secret_name),
                 None => !record.secret_env.values().any(|name| *name == secret.secret_name),
             })
             .map(|secret| {
-                let value = self.vault.open_secret(secret).map_err(|error| {
-                    let error = VaultError::Integrity { what: format!("secret {}", secret.key), error };
-                    WorkerError::from(error).with("secretName", secret.secret_name.as_str())
-                })?;
-                Ok(OpenSecret { name: secret.secret_name.clone(), value })
+                let value = self.open(secret)?;
+                Ok(OpenSecret { name: secret.secret_name.clone(), value, is_json: false })
             })
             .collect()
+    }
+
+    /// One of the user's secrets for a server, by its name.
+    pub async fn one(
+        &self,
+        user: &UserId,
+        record: &ServerRecord,
+        name: &str,
+    ) -> Result<Option<SecretString>, WorkerError> {
+        let sealed = self.sealed(user, &record.name).await?;
+        let found = sealed.iter().find(|secret| secret.secret_name.as_str() == name);
+        found.map(|secret| self.open(secret)).transpose()
+    }
+
+    fn open(&self, secret: &SealedSecret) -> Result<SecretString, WorkerError> {
+        self.vault.open_secret(secret).map_err(|error| {
+            let error = VaultError::Integrity { what: format!("secret {}", secret.key), error };
+            WorkerError::from(error).with("secretName", secret.secret_name.as_str())
+        })
     }
 
     /// Forgets a user's secrets for a server. What was being read meanwhile is not kept.
@@ -154,7 +176,11 @@ pub fn merge(arguments: &RawJson, secrets: &[OpenSecret]) -> Result<Zeroizing<Ve
     }
     for secret in secrets {
         push_key(&mut out, secret.name.as_str());
-        push_string(&mut out, secret.value.expose_secret());
+        if secret.is_json {
+            out.extend_from_slice(secret.value.expose_secret().as_bytes());
+        } else {
+            push_string(&mut out, secret.value.expose_secret());
+        }
     }
     out.push(b'}');
     Ok(out)
@@ -173,7 +199,7 @@ mod tests {
     use super::*;
 
     fn secret(name: &str, value: &str) -> OpenSecret {
-        OpenSecret { name: SecretName::parse(name).unwrap(), value: value.into() }
+        OpenSecret { name: SecretName::parse(name).unwrap(), value: value.into(), is_json: false }
     }
 
     fn merged(arguments: &str, secrets: &[OpenSecret]) -> String {
@@ -190,5 +216,7 @@ mod tests {
         );
         assert_eq!(merged("{}", &secrets[1..]), r#"{"B":"2"}"#);
         assert_eq!(merged(r#"{"\u0042":"mine"}"#, &secrets[1..]), r#"{"B":"2"}"#);
+        let document = OpenSecret { is_json: true, ..secret("D", r#"{"a":[1]}"#) };
+        assert_eq!(merged(r#"{"D":"mine"}"#, &[document]), r#"{"D":{"a":[1]}}"#);
     }
 }

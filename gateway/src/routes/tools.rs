@@ -24,6 +24,7 @@ use mcp_shared::{
 use crate::{
     app::{App, Id, context, user, wants_events},
     body::{Field, Fields},
+    login::Origin,
     problem::{Problem, json_bytes},
 };
 
@@ -34,18 +35,20 @@ const KEEP_ALIVE: Duration = Duration::from_secs(15);
 pub async fn call(
     State(app): State<Arc<App>>,
     Id(id): Id,
+    origin: Origin,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Problem> {
     let (context, call) = read_call(&app, id.clone(), &headers, body).await.map_err(Problem::not_started)?;
     let progress = call.progress;
     let stream = app.worker.call_tool(context, call).await;
-    let stream = stream.map_err(|error| error.or_outcome(Outcome::NotStarted))?;
+    let stream = stream.map_err(|error| origin.invite(error.or_outcome(Outcome::NotStarted)))?;
     if progress {
-        return Ok(events(stream, id));
+        return Ok(events(stream, id, origin));
     }
     // Dropping this future, which the HTTP server does when the client goes away, cancels the call.
-    let result = stream.result().await.map_err(|error| error.or_outcome(Outcome::Unknown))?;
+    let result = stream.result().await;
+    let result = result.map_err(|error| origin.invite(error.or_outcome(Outcome::Unknown)))?;
     Ok(json_bytes(StatusCode::OK, success(&result)))
 }
 
@@ -92,14 +95,16 @@ pub async fn list(State(app): State<Arc<App>>) -> Result<Response, Problem> {
 }
 
 /// Progress as it comes, then the same document that a plain answer would have had.
-fn events(stream: CallStream, id: RequestId) -> Response {
-    let events = stream::unfold(Some((stream, id)), async |state| {
-        let (mut stream, id) = state?;
+fn events(stream: CallStream, id: RequestId, origin: Origin) -> Response {
+    let events = stream::unfold(Some((stream, id, origin)), async |state| {
+        let (mut stream, id, origin) = state?;
         let (name, data, rest) = match stream.next().await {
-            Some(CallEvent::Progress(params)) => ("progress", text(params.bytes()), Some((stream, id))),
+            Some(CallEvent::Progress(params)) => {
+                ("progress", text(params.bytes()), Some((stream, id, origin)))
+            }
             Some(CallEvent::Done(Ok(result))) => ("result", text(&success(&result)), None),
             Some(CallEvent::Done(Err(error))) => {
-                let error = error.or_outcome(Outcome::Unknown);
+                let error = origin.invite(error.or_outcome(Outcome::Unknown));
                 ("error", failure(&error, &id).to_string(), None)
             }
             None => {

@@ -293,8 +293,8 @@ impl Connection {
         self.shared.output_ended.cancel();
     }
 
-    /// Takes in a message of the server.
-    pub(super) async fn take(&self, line: Bytes) {
+    /// Takes in a message of the server. `only`: of answers, none but the one to this request counts.
+    pub(super) async fn take(&self, line: Bytes, only: Option<u64>) {
         let message = if line.len() <= PARSE_INLINE {
             Message::parse(&line)
         } else {
@@ -304,6 +304,11 @@ impl Connection {
                 Err(_) => return,
             }
         };
+        if let (Message::Response { id, .. } | Message::Unreadable { id }, Some(only)) = (&message, only)
+            && *id != only
+        {
+            return self.shared.ignore();
+        }
         self.handle(message, &line);
     }
 

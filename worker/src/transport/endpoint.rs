@@ -1,7 +1,10 @@
 //! Requests to one remote server for one user: where to, with which headers, as whom, and what its refusals
 //! mean.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
@@ -11,6 +14,7 @@ use mcp_shared::{
     ids::{ServerName, UserId},
     limits,
     server::{ServerRecord, Transport, Variables},
+    store::Revision,
 };
 use reqwest::{Request, Response};
 use secrecy::{ExposeSecret, SecretString};
@@ -19,6 +23,8 @@ use url::Url;
 use super::connection::{Failure, Upstream};
 use crate::{
     host::Host,
+    logs::{Known, Log},
+    oauth::Bearer,
     outgoing::{SendError, chain},
 };
 
@@ -37,17 +43,25 @@ pub struct Endpoint {
     /// Where to.
     pub url: Url,
     headers: HeaderMap,
+    log: Arc<Log>,
+    /// The token that was sent last, and the guard that keeps it out of the server's log.
+    token: Mutex<Option<(Revision, Known)>>,
 }
 
 impl Endpoint {
     /// The remote server of a record. The error is for the caller of a tool.
-    pub fn new(host: Arc<Host>, user: UserId, record: Arc<ServerRecord>) -> Result<Self, WorkerError> {
+    pub fn new(
+        host: Arc<Host>,
+        user: UserId,
+        record: Arc<ServerRecord>,
+        log: Arc<Log>,
+    ) -> Result<Self, WorkerError> {
         let Transport::StreamableHttp { url, headers, .. } = &record.transport else {
             return Err(WorkerError::internal("a server of another transport"));
         };
         let url = host.http.egress().check(url).map_err(|error| egress(&error))?;
         let headers = static_headers(headers.as_ref());
-        Ok(Self { host, user, record, url, headers })
+        Ok(Self { host, user, record, url, headers, log, token: Mutex::default() })
     }
 
     /// Its name.
@@ -82,6 +96,7 @@ impl Endpoint {
                     .map_err(|_| not_sent(unusable_token(self.server())))?;
                 value.set_sensitive(true);
                 all.insert(header::AUTHORIZATION, value);
+                self.remember(bearer);
             }
             *request.body_mut() = body.clone().map(Into::into);
             let response = self.host.http.send(request).await.map_err(|error| self.unsent(&error))?;
@@ -97,6 +112,14 @@ impl Endpoint {
             let challenge = response.headers().get(header::WWW_AUTHENTICATE).and_then(|v| v.to_str().ok());
             let next = self.host.oauth.refused(&self.user, &self.record, bearer.as_ref(), challenge).await;
             bearer = Some(next.map_err(|error| refusal(error, Some(401)))?);
+        }
+    }
+
+    /// Keeps a token out of what the server may say about it.
+    fn remember(&self, bearer: &Bearer) {
+        let mut token = self.token.lock().unwrap_or_else(PoisonError::into_inner);
+        if token.as_ref().is_none_or(|(revision, _)| *revision != bearer.revision) {
+            *token = Some((bearer.revision, self.log.remember([&bearer.token].into_iter())));
         }
     }
 

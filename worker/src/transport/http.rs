@@ -11,13 +11,13 @@ use std::{
 
 use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
-use mcp_shared::{json::RawJson, limits, remote::Reconnection};
+use mcp_shared::{error::ErrorCode, json::RawJson, limits, remote::Reconnection};
 use reqwest::Response;
 use secrecy::SecretString;
 use sse_stream::Sse;
 use tokio::{
     sync::{Notify, Semaphore, mpsc},
-    time::sleep,
+    time::{sleep, timeout},
 };
 use tokio_util::task::TaskTracker;
 use url::Url;
@@ -27,7 +27,7 @@ use super::{
     endpoint::{ANSWER_BYTES, Endpoint},
     events::{Broken, Events, asked_pause},
     headers::{ParamHeaders, standard},
-    message::Message,
+    message::{self, Message},
 };
 use crate::logs::Log;
 
@@ -36,9 +36,10 @@ pub const SESSION: HeaderName = HeaderName::from_static("mcp-session-id");
 /// The version of MCP that was agreed upon.
 const VERSION: HeaderName = HeaderName::from_static("mcp-protocol-version");
 const LAST_EVENT: HeaderName = HeaderName::from_static("last-event-id");
-/// Notifications and answers to a server's own requests that are on their way at once. A server that asks
-/// faster than that gets no answers.
+/// Notifications and answers to a server's own requests that are on their way at once.
 const ASIDE: usize = 16;
+/// How many of them may wait for that. A server that asks faster gets no answers.
+const ASIDE_QUEUE: usize = 1_024;
 /// The longest session id that is taken.
 const SESSION_BYTES: usize = 1_024;
 /// The longest id of an event that is sent back.
@@ -66,6 +67,7 @@ pub struct Http {
     /// A request got an answer: the server is there.
     answered: Notify,
     aside: Semaphore,
+    aside_queue: Semaphore,
     /// The server gave a session id that cannot be one.
     bad_session: AtomicBool,
     tasks: TaskTracker,
@@ -83,6 +85,7 @@ impl Http {
             params: Mutex::default(),
             answered: Notify::new(),
             aside: Semaphore::new(ASIDE),
+            aside_queue: Semaphore::new(ASIDE_QUEUE),
             bad_session: AtomicBool::new(false),
             tasks: tasks.clone(),
         });
@@ -161,7 +164,7 @@ impl Http {
         let Some(session) = self.session() else { return };
         let headers = HeaderMap::from_iter([(SESSION, session)]);
         let ended = self.endpoint.send(Method::DELETE, &self.endpoint.url, &headers, None);
-        if tokio::time::timeout(limits::REMOTE_FAREWELL, ended).await.is_err() {
+        if timeout(limits::REMOTE_FAREWELL, ended).await.is_err() {
             tracing::debug!(server = %self.endpoint.server(), "a session was not ended in time");
         }
     }
@@ -173,17 +176,14 @@ impl Http {
         loop {
             let mut asked = None;
             match self.stream(last.as_ref()).await {
-                Ok(mut events) => loop {
-                    match events.next().await {
-                        Ok(event) => {
-                            attempt = 0;
-                            asked = asked_pause(&event).or(asked);
-                            last = event_id(&event).or(last);
-                            self.take(event).await;
-                        }
-                        Err(_) => break,
+                Ok(mut events) => {
+                    while let Ok(event) = events.next().await {
+                        attempt = 0;
+                        asked = asked_pause(&event).or(asked);
+                        last = event_id(&event).or(last);
+                        self.take(event, None).await;
                     }
-                },
+                }
                 Err(Failure::SessionLost) => return self.connection.break_off(),
                 // It offers no such stream, which it need not.
                 Err(Failure::Upstream(upstream))
@@ -223,7 +223,7 @@ impl Http {
     async fn exchange(&self, id: u64, payload: Payload) -> Result<(), Failure> {
         let streamable = self.messages.get().is_none();
         let (headers, body) = self.prepare(payload);
-        let response = self.endpoint.send(Method::POST, self.target(), &headers, Some(body)).await?;
+        let response = self.post(headers, body).await?;
         self.answered.notify_one();
         if response.status().is_success() && !streamable {
             // The answer comes on the one stream.
@@ -251,12 +251,53 @@ impl Http {
         }
     }
 
+    /// Sends a request. A server that cannot be reached may just be starting again: it is tried as often as the
+    /// record says, and has seen nothing of the request meanwhile.
+    async fn post(&self, headers: HeaderMap, body: Bytes) -> Result<Response, Failure> {
+        let reconnection = self.endpoint.record.reconnection();
+        let mut attempt = 0;
+        loop {
+            let sent = self.endpoint.send(Method::POST, self.target(), &headers, Some(body.clone())).await;
+            match sent {
+                Err(Failure::Upstream(upstream))
+                    if upstream.error.code == ErrorCode::UpstreamUnavailable
+                        && upstream.status.is_none()
+                        && attempt < reconnection.max_retries => {}
+                sent => return sent,
+            }
+            sleep(reconnection.pause(attempt)).await;
+            attempt += 1;
+        }
+    }
+
+    /// Says that the answer to `initialize` was understood, and waits until the server has heard it: requests
+    /// are sent side by side, and none may come before that.
+    pub async fn initialized(&self) -> Result<(), Failure> {
+        let bytes = message::notification("notifications/initialized", None);
+        self.tell(Payload { bytes, secret: false }).await
+    }
+
     /// Sends what has no answer.
-    async fn tell(&self, payload: Payload) {
+    async fn tell(&self, payload: Payload) -> Result<(), Failure> {
         let (headers, body) = self.prepare(payload);
-        let told = self.endpoint.send(Method::POST, self.target(), &headers, Some(body)).await;
-        if let Err(failure) = told {
-            tracing::debug!(server = %self.endpoint.server(), ?failure, "a notification was not sent");
+        let response = self.endpoint.send(Method::POST, self.target(), &headers, Some(body)).await?;
+        if response.status().is_success() { Ok(()) } else { Err(self.endpoint.refused(&response)) }
+    }
+
+    /// Sends what has no answer and what nobody waits for, in its turn among others, if it comes soon.
+    async fn tell_aside(&self, payload: Payload) {
+        let Ok(_place) = self.aside_queue.try_acquire() else { return };
+        let told = async {
+            let _permit = self.aside.acquire().await;
+            self.tell(payload).await
+        };
+        tokio::select! {
+            told = timeout(limits::REMOTE_FAREWELL, told) => {
+                if !matches!(told, Ok(Ok(()))) {
+                    tracing::debug!(server = %self.endpoint.server(), "a notification was not taken");
+                }
+            }
+            () = self.connection.closed() => {}
         }
     }
 
@@ -320,7 +361,7 @@ impl Http {
                 Err(_) => return Err(self.endpoint.lost()),
             }
         }
-        self.connection.take(body.freeze()).await;
+        self.connection.take(body.freeze(), Some(id)).await;
         if self.connection.awaits(id) {
             return Err(self.endpoint.malformed("did not answer the request that it was sent"));
         }
@@ -341,7 +382,7 @@ impl Http {
                         attempt = 0;
                         asked = asked_pause(&event).or(asked);
                         last = event_id(&event).or(last);
-                        self.take(event).await;
+                        self.take(event, Some(id)).await;
                         if !self.connection.awaits(id) {
                             return Ok(());
                         }
@@ -407,10 +448,10 @@ impl Http {
         }
     }
 
-    pub(super) async fn take(&self, event: Sse) {
+    pub(super) async fn take(&self, event: Sse, only: Option<u64>) {
         let Some(data) = event.data.filter(|data| !data.is_empty()) else { return };
         if event.event.as_deref().is_none_or(|name| name == "message") {
-            self.connection.take(Bytes::from(data)).await;
+            self.connection.take(Bytes::from(data), only).await;
         }
     }
 
@@ -439,15 +480,8 @@ async fn drive(http: Arc<Http>, mut queue: mpsc::Receiver<Frame>) {
             }
             Some(Frame::Plain(bytes)) => {
                 let http = Arc::clone(&http);
-                http.tasks.clone().spawn(async move {
-                    if let Ok(_permit) = http.aside.try_acquire() {
-                        let told = http.tell(Payload { bytes, secret: false });
-                        tokio::select! {
-                            _ = tokio::time::timeout(limits::REMOTE_FAREWELL, told) => {}
-                            () = http.connection.closed() => {}
-                        }
-                    }
-                });
+                let payload = Payload { bytes, secret: false };
+                http.tasks.clone().spawn(async move { http.tell_aside(payload).await });
             }
             None => return,
         }

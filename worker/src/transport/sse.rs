@@ -52,7 +52,7 @@ pub async fn open(http: &Arc<Http>, tasks: &tokio_util::task::TaskTracker) -> Re
                 () = connection.closed() => return,
             };
             match event {
-                Ok(event) => reader.take(event).await,
+                Ok(event) => reader.take(event, None).await,
                 Err(_) => break,
             }
         }

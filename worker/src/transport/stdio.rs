@@ -82,7 +82,7 @@ async fn read(output: impl AsyncRead + Unpin, connection: Connection) {
             () = connection.closed() => break,
         };
         match next {
-            Ok(Some(Line::Whole(line))) => connection.take(line).await,
+            Ok(Some(Line::Whole(line))) => connection.take(line, None).await,
             Ok(Some(Line::TooLong(id))) => {
                 connection.log().note("a line on standard output was too long and was skipped");
                 if let Some(id) = id {
