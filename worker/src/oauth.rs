@@ -25,6 +25,7 @@ use mcp_shared::{
     vault::Vault,
 };
 use secrecy::{ExposeSecret, SecretString};
+use tokio::time::Instant;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use self::{
@@ -63,6 +64,8 @@ struct Inner {
     stopping: CancellationToken,
     /// After how long without a change another worker's claim is void.
     takeover: Duration,
+    /// When logins that nobody finished were looked for.
+    swept: Mutex<Option<Instant>>,
 }
 
 impl OAuth {
@@ -76,8 +79,8 @@ impl OAuth {
         stopping: CancellationToken,
     ) -> Self {
         let (cache, flights) = (Cache::new(), Mutex::default());
-        let takeover = limits::OAUTH_REFRESH_TAKEOVER;
-        Self(Arc::new(Inner { vault, http, worker, cache, flights, tasks, stopping, takeover }))
+        let (takeover, swept) = (limits::OAUTH_REFRESH_TAKEOVER, Mutex::default());
+        Self(Arc::new(Inner { vault, http, worker, cache, flights, tasks, stopping, takeover, swept }))
     }
 
     /// The access token for requests of a user, refreshed first if it is about to end; `None`: the user has

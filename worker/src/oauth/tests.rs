@@ -97,6 +97,39 @@ impl World {
         }
     }
 
+    fn begin(&self, state: &str) -> RemoteAsk {
+        RemoteAsk::BeginLogin(BeginLogin {
+            id: LoginId::of(state),
+            user: self.key.0.clone(),
+            server: self.key.1.clone(),
+            browser: "browser".into(),
+            redirect_uri: "https://example.com/auth/callback".into(),
+            client_document: None,
+        })
+    }
+
+    /// Has one worker begin a login, and another finish it, twice at once.
+    async fn log_in(&self, first: &OAuth, second: &OAuth, state: &str) {
+        let RemoteAnswer::Login { url } = first.answer(self.begin(state)).await.unwrap() else { panic!() };
+        let parameters: BTreeMap<_, _> = url::Url::parse(&url).unwrap().query_pairs().into_owned().collect();
+        assert_eq!(parameters["code_challenge_method"], "S256");
+        assert!(parameters.contains_key("resource") && !parameters.contains_key("state"), "{url}");
+        let back = self.authorization.browse(&format!("{url}&state={state}"));
+        let back: BTreeMap<_, _> = url::Url::parse(&back).unwrap().query_pairs().into_owned().collect();
+        let vault = self.vault().await;
+        let mut login = vault.login(&LoginId::of(state)).await.unwrap().unwrap();
+        login.value.code = Some(back["code"].as_str().into());
+        login.value.answered_by = back.get("iss").cloned();
+        vault.put_login(&login.value, Some(login.revision)).await.unwrap();
+        let finish = || second.answer(RemoteAsk::FinishLogin { id: LoginId::of(state) });
+        let (one, other) = tokio::join!(finish(), finish());
+        let (user, server) = self.key.clone();
+        let outcomes = [one, other];
+        assert!(outcomes.contains(&Ok(RemoteAnswer::LoggedIn { user, server })), "{outcomes:?}");
+        let refused = outcomes.into_iter().find_map(Result::err).unwrap();
+        assert_eq!(refused.code, ErrorCode::InvalidState);
+    }
+
     async fn stored(&self) -> OAuthTokens {
         self.vault().await.oauth_tokens(&self.key.0, &self.key.1).await.unwrap().unwrap().value
     }
@@ -337,36 +370,8 @@ async fn an_address_that_is_blocked_is_no_reason_to_log_in() {
 async fn a_login_is_begun_by_one_worker_and_finished_by_another() {
     let world = World::new().await;
     let (first, second) = (world.worker().await, world.worker().await);
-    let vault = world.vault().await;
-    let begin = |state: &str| {
-        RemoteAsk::BeginLogin(BeginLogin {
-            id: LoginId::of(state),
-            user: world.key.0.clone(),
-            server: world.key.1.clone(),
-            browser: "browser".into(),
-            redirect_uri: "https://example.com/auth/callback".into(),
-            client_document: None,
-        })
-    };
     for state in ["one", "two"] {
-        let RemoteAnswer::Login { url } = first.answer(begin(state)).await.unwrap() else { panic!() };
-        let parameters: BTreeMap<_, _> = url::Url::parse(&url).unwrap().query_pairs().into_owned().collect();
-        assert_eq!(parameters["code_challenge_method"], "S256");
-        assert!(parameters.contains_key("resource") && !parameters.contains_key("state"), "{url}");
-        let back = world.authorization.browse(&format!("{url}&state={state}"));
-        let back: BTreeMap<_, _> = url::Url::parse(&back).unwrap().query_pairs().into_owned().collect();
-        let mut login = vault.login(&LoginId::of(state)).await.unwrap().unwrap();
-        // Without a code there is nothing to finish.
-        login.value.code = Some(back["code"].as_str().into());
-        login.value.answered_by = back.get("iss").cloned();
-        vault.put_login(&login.value, Some(login.revision)).await.unwrap();
-        let finish = || second.answer(RemoteAsk::FinishLogin { id: LoginId::of(state) });
-        let (one, other) = tokio::join!(finish(), finish());
-        let (user, server) = world.key.clone();
-        let outcomes = [one, other];
-        assert!(outcomes.contains(&Ok(RemoteAnswer::LoggedIn { user, server })), "{outcomes:?}");
-        let refused = outcomes.into_iter().find_map(Result::err).unwrap();
-        assert_eq!(refused.code, ErrorCode::InvalidState);
+        world.log_in(&first, &second, state).await;
         let token = world.bearer(&second).await.unwrap().unwrap();
         assert!(world.authorization.accepts(&text(&token)).is_some());
         let stored = world.stored().await;
@@ -380,20 +385,32 @@ async fn a_login_is_begun_by_one_worker_and_finished_by_another() {
 }
 
 #[tokio::test]
+async fn a_server_of_the_time_before_discovery_is_logged_in_to() {
+    let world = World::new().await;
+    let worker = world.worker().await;
+    world.authorization.change(|settings| {
+        settings.oauth_metadata = false;
+        settings.iss = false;
+    });
+    // One that asks for no login is not taken for such.
+    let error = worker.answer(world.begin("none")).await.unwrap_err();
+    assert_eq!((error.code, error.outcome), (ErrorCode::LoginFailed, None));
+    let none = worker.answer(RemoteAsk::Issuer { server: world.key.1.clone() }).await.unwrap();
+    assert_eq!(none, RemoteAnswer::Issuer { issuer: None });
+    world.authorization.fault("/mcp", Some(Fault::Says(401, "{}".to_owned())));
+    world.log_in(&worker, &worker, "state").await;
+    let token = world.bearer(&worker).await.unwrap().unwrap();
+    let renewed = world.refused(&worker, Some(&token)).await.unwrap();
+    assert!(text(&renewed) != text(&token) && world.authorization.accepts(&text(&renewed)).is_some());
+}
+
+#[tokio::test]
 async fn an_answer_of_another_authorization_server_is_refused() {
     let world = World::new().await;
     let worker = world.worker().await;
     let vault = world.vault().await;
     let id = LoginId::of("state");
-    let begin = BeginLogin {
-        id: id.clone(),
-        user: world.key.0.clone(),
-        server: world.key.1.clone(),
-        browser: "browser".into(),
-        redirect_uri: "https://example.com/auth/callback".into(),
-        client_document: None,
-    };
-    worker.answer(RemoteAsk::BeginLogin(begin)).await.unwrap();
+    worker.answer(world.begin("state")).await.unwrap();
     let mut login = vault.login(&id).await.unwrap().unwrap();
     login.value.code = Some("code".into());
     login.value.answered_by = Some("https://login.example.com".into());
