@@ -141,6 +141,23 @@ impl OAuth {
         self.0.renewed(&key, record, &tokens).await.map(|tokens| tokens.bearer())
     }
 
+    /// Takes in that a token which was given out in place of a refused one was refused as well: nobody here
+    /// refreshes it for a while. Otherwise every call would, for nothing.
+    pub fn spurned(
+        &self,
+        user: &UserId,
+        record: &ServerRecord,
+        refused: Option<&Bearer>,
+        error: &WorkerError,
+    ) {
+        let tokens = self.0.cache.get(&(user.clone(), record.name.clone())).flatten();
+        if let (Some(tokens), Some(refused)) = (tokens, refused)
+            && tokens.stored.value.access_token.expose_secret() == refused.token.expose_secret()
+        {
+            tokens.pause(PAUSE, error.clone());
+        }
+    }
+
     /// Forgets what is remembered of a user's tokens for a server.
     pub fn forget(&self, user: &UserId, server: &ServerName) {
         self.0.cache.forget(&(user.clone(), server.clone()));

@@ -200,6 +200,28 @@ async fn who_has_none_is_sent_to_log_in() {
 }
 
 #[tokio::test]
+async fn a_server_that_takes_no_token_at_all_has_none_refreshed_at_every_call() {
+    let world = World::new().await;
+    world.give(&world.mint(), None).await;
+    let worker = world.worker().await;
+    let old = world.bearer(&worker).await.unwrap().unwrap();
+    let new = world.refused(&worker, Some(&old)).await.unwrap();
+    let error = reauth(&world.key, None, "is not accepted");
+    worker.spurned(&world.key.0, &world.record, Some(&new), &error);
+    for _ in 0..3 {
+        let bearer = world.bearer(&worker).await.unwrap().unwrap();
+        assert_eq!(text(&bearer), text(&new));
+        assert_eq!(world.refused(&worker, Some(&bearer)).await.unwrap_err(), error);
+    }
+    assert_eq!(world.authorization.refreshes(), 1);
+    // Other tokens are another matter.
+    world.give(&world.mint(), None).await;
+    worker.forget(&world.key.0, &world.key.1);
+    let bearer = world.bearer(&worker).await.unwrap().unwrap();
+    assert!(world.refused(&worker, Some(&bearer)).await.is_ok());
+}
+
+#[tokio::test]
 async fn a_refused_refresh_token_is_sent_once() {
     let world = World::new().await;
     let minted = world.mint();

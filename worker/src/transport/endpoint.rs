@@ -109,7 +109,9 @@ impl Endpoint {
                 // A token that was given out a moment ago is refused as well.
                 let text = format!("Server {} does not accept the user's login", self.server());
                 let error = self.named(WorkerError::new(ErrorCode::ReauthRequired, text));
-                return Err(not_sent(error.with("username", self.user.as_str())));
+                let error = error.with("username", self.user.as_str()).outcome(Outcome::NotStarted);
+                self.host.oauth.spurned(&self.user, &self.record, bearer.as_ref(), &error);
+                return Err(not_sent(error));
             }
             again = false;
             let challenge = response.headers().get(header::WWW_AUTHENTICATE).and_then(|v| v.to_str().ok());
