@@ -39,6 +39,9 @@ pub struct OAuthTokens {
     /// The authorization server that gave them, and the only one that gets to see the refresh token;
     /// `None`: whoever stored them did not say, and nobody has found out yet.
     pub issuer: Option<String>,
+    /// The endpoint that they are for. They are sent to no other origin; `None`: whoever stored them did not
+    /// say.
+    pub resource: Option<String>,
     /// `Bearer`.
     pub token_type: String,
     /// What requests are authorized with.

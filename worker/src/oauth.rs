@@ -11,7 +11,7 @@ mod tests;
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -27,6 +27,7 @@ use mcp_shared::{
 use secrecy::{ExposeSecret, SecretString};
 use tokio::time::Instant;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use url::Url;
 
 use self::{
     cache::{Cache, Key, Tokens},
@@ -88,6 +89,7 @@ impl OAuth {
     pub async fn bearer(&self, user: &UserId, record: &ServerRecord) -> Result<Option<Bearer>, WorkerError> {
         let key = (user.clone(), record.name.clone());
         let Some(tokens) = self.0.known(&key).await? else { return Ok(None) };
+        self.0.for_here(&key, record, &tokens)?;
         if !tokens.due() {
             return Ok(Some(tokens.bearer()));
         }
@@ -132,6 +134,7 @@ impl OAuth {
         }
         let tokens = self.0.read(&key).await?;
         let Some(tokens) = tokens else { return Err(reauth(&key, None, "has not logged in to it")) };
+        self.0.for_here(&key, record, &tokens)?;
         if other(&tokens) {
             return Ok(tokens.bearer());
         }
@@ -156,6 +159,11 @@ impl OAuth {
         {
             tokens.pause(PAUSE, error.clone());
         }
+    }
+
+    /// Whether tokens are being refreshed. What comes of it must be stored: the old ones are void by then.
+    pub fn is_refreshing(&self) -> bool {
+        !self.0.flights.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
     }
 
     /// Forgets what is remembered of a user's tokens for a server.
@@ -189,6 +197,17 @@ impl OAuth {
 }
 
 impl Inner {
+    /// Refuses tokens that were given for another place than the one where the server is now.
+    fn for_here(&self, key: &Key, record: &ServerRecord, tokens: &Tokens) -> Result<(), WorkerError> {
+        let origin = |url: &str| Url::parse(url).ok().map(|url| url.origin());
+        match &tokens.stored.value.resource {
+            Some(resource) if origin(resource) != origin(url_of(record)) => {
+                Err(reauth(key, None, "logged in to it where it was before"))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// A user's tokens as remembered, or as stored.
     async fn known(&self, key: &Key) -> Result<Option<Arc<Tokens>>, WorkerError> {
         match self.cache.get(key) {

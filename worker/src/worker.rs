@@ -117,7 +117,10 @@ impl Worker {
             leases.close().await;
         }
         self.host.tasks.close();
-        if timeout(limits::STOP_DRAIN, self.host.tasks.wait()).await.is_err() {
+        // Tokens that are being refreshed would be lost with their users' logins.
+        let patience =
+            if self.host.oauth.is_refreshing() { 2 * limits::OAUTH_TIMEOUT } else { limits::STOP_DRAIN };
+        if timeout(patience, self.host.tasks.wait()).await.is_err() {
             tracing::warn!(tasks = self.host.tasks.len(), "tasks were still running at the end");
         }
     }

@@ -9,7 +9,7 @@ use mcp_shared::{
     ids::{ServerName, UserId},
     limits,
     remote::{OAuthTokens, RemoteAnswer, RemoteAsk},
-    server::ServerRecord,
+    server::{ServerRecord, Transport},
     timestamp::Timestamp,
     worker_api::Change,
 };
@@ -55,7 +55,9 @@ pub async fn set(
     let user = user(&fields)?;
     let mut tokens = tokens(&fields, user, name)?;
     let name = tokens.server.clone();
-    remote(&app, &name).await?;
+    if let Transport::StreamableHttp { url, .. } = remote(&app, &name).await?.transport {
+        tokens.resource = Some(url);
+    }
     if tokens.issuer.is_none() {
         tokens.issuer = app.issuer(&tokens.user, &name).await?;
     }
@@ -163,6 +165,7 @@ fn tokens(fields: &Fields<'_>, user: UserId, server: ServerName) -> Result<OAuth
         user,
         server,
         issuer,
+        resource: None,
         token_type: "Bearer".to_owned(),
         access_token: access_token.into(),
         refresh_token: secret(fields, "refreshToken")?.map(Into::into),

@@ -112,6 +112,7 @@ impl Vault {
         fields.set("serverName", server)?;
         fields.set("username", user)?;
         fields.set("issuer", &tokens.issuer)?;
+        fields.set("resource", &tokens.resource)?;
         fields.set("tokenType", &tokens.token_type)?;
         fields.set("accessToken", seal("accessToken", Some(&tokens.access_token))?)?;
         fields.set("refreshToken", seal("refreshToken", tokens.refresh_token.as_ref())?)?;
@@ -308,6 +309,7 @@ impl Vault {
             user: user.clone(),
             server: server.clone(),
             issuer: issuer.clone(),
+            resource: own("resource"),
             token_type: own("tokenType").unwrap_or_else(|| "Bearer".to_owned()),
             access_token: open("accessToken")?.ok_or_else(|| lacks("accessToken"))?,
             refresh_token: open("refreshToken")?,
@@ -357,6 +359,7 @@ const TOKEN_FIELDS: &[&str] = &[
     "serverName",
     "username",
     "issuer",
+    "resource",
     "tokenType",
     "accessToken",
     "refreshToken",

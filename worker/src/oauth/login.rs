@@ -217,6 +217,7 @@ impl Inner {
             user: login.user.clone(),
             server: login.server.clone(),
             issuer: Some(found.issuer),
+            resource: Some(proof.url),
             token_type: "Bearer".to_owned(),
             expires_at: granted.ends(asked),
             scopes: granted.scopes().unwrap_or(asked_for),

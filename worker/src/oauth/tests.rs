@@ -82,6 +82,7 @@ impl World {
             user: self.key.0.clone(),
             server: self.key.1.clone(),
             issuer: Some(self.authorization.issuer()),
+            resource: None,
             token_type: "Bearer".into(),
             access_token: minted.access.clone().into(),
             refresh_token: minted.refresh.clone().map(Into::into),

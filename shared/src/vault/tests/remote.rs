@@ -35,6 +35,7 @@ fn tokens(who: &str, with: &str) -> OAuthTokens {
         user: user(who),
         server: server(with),
         issuer: Some(ISSUER.to_owned()),
+        resource: Some("https://remote.example/mcp".to_owned()),
         token_type: "Bearer".to_owned(),
         access_token: format!("{CANARY}-access-{who}").into(),
         refresh_token: Some(format!("{CANARY}-refresh").into()),
