@@ -148,11 +148,14 @@ pub fn status(code: ErrorCode) -> StatusCode {
         ErrorCode::ServerAlreadyExists
         | ErrorCode::ServerDisabled
         | ErrorCode::InstallInProgress
+        | ErrorCode::IdempotencyInProgress
         | ErrorCode::Conflict => StatusCode::CONFLICT,
         ErrorCode::InstallWarnings
         | ErrorCode::InstallTooLarge
+        | ErrorCode::IdempotencyKeyReused
         | ErrorCode::NoEntryPoint
         | ErrorCode::NotAnMcpServer => StatusCode::UNPROCESSABLE_ENTITY,
+        ErrorCode::IdempotencyResultGone => StatusCode::GONE,
         ErrorCode::UriTooLong => StatusCode::URI_TOO_LONG,
         ErrorCode::HeadersTooLarge => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
         ErrorCode::PayloadTooLarge => StatusCode::PAYLOAD_TOO_LARGE,

@@ -200,6 +200,8 @@ pub enum ToRouter {
     Refuse(Refusal),
     /// The body is the `params` of a progress notification.
     Progress,
+    /// What follows came of the call when it was made for the first time, under the same name.
+    Replayed,
     /// The body is the answer, or a part of it.
     Answer(Frame),
     /// There is no answer.

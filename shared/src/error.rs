@@ -100,6 +100,9 @@ error_codes! {
     UpstreamRedirect = "upstream_redirect", retryable false, "The remote server answered with a redirect, which is not followed.";
     UpstreamProtocolError = "upstream_protocol_error", retryable false, "The remote server's answer was not one of MCP.";
     UpstreamLost = "upstream_lost", retryable true, "The connection was lost while the call was in flight; whether the remote server did it is unknown.";
+    IdempotencyKeyReused = "idempotency_key_reused", retryable false, "The `Idempotency-Key` names another call, with other arguments.";
+    IdempotencyInProgress = "idempotency_in_progress", retryable true, "The call that the `Idempotency-Key` names is under way.";
+    IdempotencyResultGone = "idempotency_result_gone", retryable false, "The call that the `Idempotency-Key` names was done, and its result was too large to be kept.";
     ToolNotFound = "tool_not_found", retryable false, "The MCP server has no such tool (JSON-RPC -32601).";
     McpError = "mcp_error", retryable false, "The MCP server answered with a JSON-RPC error; `mcpCode` has its code.";
     ResultTooLarge = "result_too_large", retryable false, "The server's answer was larger than a result may be.";

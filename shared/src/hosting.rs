@@ -10,6 +10,7 @@ use tokio::sync::{oneshot, watch};
 use crate::{
     error::{ErrorCode, Outcome, WorkerError},
     fleet::NodeReport,
+    idempotency::Idempotency,
     ids::{ServerName, ToolName, WorkerId},
     json::RawJson,
     worker_api::{CallContext, CallStream, WorkerApi},
@@ -40,6 +41,9 @@ pub struct CallOffer {
     pub progress: bool,
     /// Whether the worker may become the owner.
     pub placing: Placing,
+    /// The call's name, if its caller may repeat it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub idempotency: Option<Idempotency>,
 }
 
 /// Why an offer is not taken. In every case the call was not started.

@@ -73,6 +73,10 @@ text_id! {
     ToolName
 }
 text_id! {
+    /// What a caller calls a tool call that it may repeat without having it done twice.
+    IdempotencyKey
+}
+text_id! {
     /// The id of one HTTP or bus request, given by the caller or made by us.
     RequestId
 }
@@ -172,6 +176,18 @@ impl ToolName {
                 field: "methodName",
                 rule: "must be 1 to 256 bytes of text without control characters",
             })
+        }
+    }
+}
+
+impl IdempotencyKey {
+    /// Parses the header `Idempotency-Key`: 1 to 255 printable ASCII characters.
+    pub fn parse(value: &str) -> Result<Self, InvalidName> {
+        let printable = value.bytes().all(|byte| (0x20..0x7f).contains(&byte));
+        if (1..=255).contains(&value.len()) && printable && !value.trim().is_empty() {
+            Ok(Self(value.to_owned()))
+        } else {
+            Err(InvalidName { field: "Idempotency-Key", rule: "must be 1 to 255 printable ASCII characters" })
         }
     }
 }

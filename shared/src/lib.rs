@@ -9,6 +9,7 @@ pub mod error;
 pub mod fleet;
 pub mod google;
 pub mod hosting;
+pub mod idempotency;
 pub mod ids;
 pub mod json;
 pub mod lifecycle;

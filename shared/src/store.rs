@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     ids::{SecretName, ServerName, UserId},
     server::ServerRecord,
+    timestamp::Timestamp,
 };
 
 pub mod embedded;
@@ -127,11 +128,13 @@ pub enum Collection {
     OAuthClients,
     /// Logins that were begun (`oauthLogins`).
     OAuthLogins,
+    /// What came of calls that their callers named (`idem`).
+    NamedCalls,
 }
 
 impl Collection {
     /// All of them.
-    pub const ALL: [Collection; 7] = [
+    pub const ALL: [Collection; 8] = [
         Collection::Packages,
         Collection::PackageLocks,
         Collection::Jobs,
@@ -139,6 +142,7 @@ impl Collection {
         Collection::OAuthTokens,
         Collection::OAuthClients,
         Collection::OAuthLogins,
+        Collection::NamedCalls,
     ];
 
     /// Those whose documents belong to a server, which their field `serverName` names, and go with it.
@@ -155,6 +159,7 @@ impl Collection {
             Collection::OAuthTokens => "mcpOAuthTokens",
             Collection::OAuthClients => "mcpDcrClients",
             Collection::OAuthLogins => "oauthLogins",
+            Collection::NamedCalls => "idem",
         }
     }
 
@@ -167,7 +172,8 @@ impl Collection {
             Collection::Sessions
             | Collection::OAuthTokens
             | Collection::OAuthClients
-            | Collection::OAuthLogins => "key",
+            | Collection::OAuthLogins
+            | Collection::NamedCalls => "key",
         }
     }
 
@@ -338,6 +344,9 @@ pub trait Store: Send + Sync + 'static {
         key: &str,
         expected: Option<Revision>,
     ) -> Result<bool, StoreError>;
+
+    /// Removes the documents of a collection whose field `expireAt` is before `now`; says how many.
+    async fn delete_expired(&self, collection: Collection, now: Timestamp) -> Result<u64, StoreError>;
 
     /// Writes a fact unless it is written already; returns what stands there now.
     async fn put_once(&self, fact: Fact, key: &str, value: &str) -> Result<String, StoreError>;

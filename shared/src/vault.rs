@@ -17,6 +17,7 @@ use crate::{
     store::{Fact, Revision, SealedSecret, SealedServer, Store, StoreError, StoredTools, Versioned},
 };
 
+mod idempotency;
 mod packages;
 mod remote;
 mod tokens;

@@ -10,6 +10,7 @@ use tokio::sync::mpsc;
 use crate::{
     error::WorkerError,
     fleet::Fleet,
+    idempotency::Idempotency,
     ids::{RequestId, ServerName, ToolName, UserId, WorkerId},
     json::RawJson,
     package::{Latest, LatestQuery},
@@ -45,6 +46,9 @@ pub struct ToolCall {
     pub arguments: RawJson,
     /// Whether the caller wants to hear about progress.
     pub progress: bool,
+    /// The call's name, if its caller may repeat it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub idempotency: Option<Idempotency>,
 }
 
 /// What a running call says: any number of progress reports, then one end.
@@ -52,6 +56,8 @@ pub struct ToolCall {
 pub enum CallEvent {
     /// The `params` of one `notifications/progress`, unchanged.
     Progress(RawJson),
+    /// What follows came of the call when it was made for the first time, under the same name.
+    Replayed,
     /// The server's `CallToolResult`, unchanged; or why there is none.
     Done(Result<RawJson, WorkerError>),
 }
@@ -85,7 +91,7 @@ impl CallStream {
         loop {
             return match self.events.poll_recv(context) {
                 Poll::Pending => Poll::Pending,
-                Poll::Ready(Some(CallEvent::Progress(_))) => continue,
+                Poll::Ready(Some(CallEvent::Progress(_) | CallEvent::Replayed)) => continue,
                 Poll::Ready(Some(CallEvent::Done(Err(error)))) => Poll::Ready(error),
                 Poll::Ready(Some(CallEvent::Done(Ok(_))) | None) => {
                     Poll::Ready(WorkerError::internal("a call ended before it was started"))

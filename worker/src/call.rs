@@ -24,6 +24,7 @@ use crate::{
     google,
     group::{Group, NoSlot, current},
     host::Host,
+    idempotency::{self, Begun},
     leases::no_worker,
     logs::Known,
     registry::Entry,
@@ -65,7 +66,34 @@ pub struct Go {
 impl Call {
     /// Runs the call to its end. Whatever the server still does with a call that was given up is
     /// looked after by another task, which keeps the slot until then.
-    pub async fn run(self, mut go: Go) -> Result<RawJson, WorkerError> {
+    pub async fn run(self, go: Go) -> Result<RawJson, WorkerError> {
+        let Some(name) = &self.offer.idempotency else { return self.run_now(go).await };
+        let begun = tokio::select! {
+            begun = timeout_at(self.deadline, idempotency::begin(&self.host, &self.user, name)) => begun,
+            () = self.cancelled.cancelled() => return Err(cancelled(Outcome::NotStarted)),
+        };
+        match begun.unwrap_or_else(|_| Err(self.late(Outcome::NotStarted)))? {
+            Begun::First(claim) => {
+                let ended = self.run_now(go).await;
+                claim.end(&ended).await;
+                ended
+            }
+            Begun::Before(ended) => self.replay(go, ended).await,
+        }
+    }
+
+    /// Answers with what came of the call when it was made for the first time.
+    async fn replay(&self, mut go: Go, ended: Result<RawJson, WorkerError>) -> Result<RawJson, WorkerError> {
+        // Whoever brings the call has to go through its steps before it takes an answer.
+        if let Some(held) = go.held.take() {
+            let _ = held.send(());
+        }
+        self.wait_for_arguments(&mut go).await?;
+        let _ = self.events.try_send(CallEvent::Replayed);
+        ended
+    }
+
+    async fn run_now(&self, mut go: Go) -> Result<RawJson, WorkerError> {
         let mut attempts = 0;
         let mut arguments = None;
         loop {
@@ -144,7 +172,8 @@ impl Call {
                 Ok(answer) => return self.conclude(answer, &group, instance.is_stopping()),
                 Err(_) => "deadline",
             },
-            () = self.cancelled.cancelled() => "client",
+            // Whoever named the call will come back for what came of it.
+            () = self.cancelled.cancelled(), if self.offer.idempotency.is_none() => "client",
         };
         let outcome = if in_flight.cancel(given_up) { Outcome::Unknown } else { Outcome::NotStarted };
         if outcome == Outcome::Unknown {

@@ -19,6 +19,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use zeroize::Zeroizing;
 
 use crate::{
+    idempotency::NamedCalls,
     leases::{Hold, Leases},
     oauth::OAuth,
     outgoing::Outgoing,
@@ -52,6 +53,8 @@ pub struct Host {
     pub supervisor: Supervisor,
     /// What is installed here.
     pub packages: Arc<Packages>,
+    /// Named calls that run here.
+    pub named_calls: NamedCalls,
     /// Sends requests to other machines.
     pub http: Outgoing,
     /// Users' tokens for remote servers.
@@ -105,6 +108,7 @@ impl Host {
         Self {
             worker_id,
             secrets: SecretCache::new(vault.clone()),
+            named_calls: NamedCalls::default(),
             supervisor: Supervisor::new(executable),
             packages: Arc::new(Packages::new(packages)),
             oauth,

@@ -7,6 +7,7 @@ mod group;
 pub mod health;
 mod host;
 mod hosting;
+mod idempotency;
 mod instance;
 mod leases;
 mod logs;

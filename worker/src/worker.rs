@@ -32,6 +32,7 @@ use crate::{
     call::{Call, Go},
     group::{NoSlot, current},
     host::{Boot, Host},
+    idempotency,
     leases::Leases,
     packages,
     registry::Entry,
@@ -84,6 +85,7 @@ impl Worker {
             });
             host.tasks.spawn(keep_leases(Arc::clone(leases), Arc::clone(&entries), Arc::clone(&host)));
         }
+        host.tasks.spawn(idempotency::sweep(Arc::clone(&host)));
         let me = NodeReport::of(host.worker_id.clone(), Role::Worker, mcp_nats::wire::VERSIONS, &host.vault);
         Ok(Arc::new(Self { host, entries, calls: TaskTracker::new(), me }))
     }
@@ -257,8 +259,8 @@ impl Worker {
 #[async_trait]
 impl WorkerApi for Worker {
     async fn call_tool(&self, context: CallContext, call: ToolCall) -> Result<CallStream, WorkerError> {
-        let ToolCall { server, tool, arguments, progress } = call;
-        let offer = CallOffer { server, tool, progress, placing: Placing::Take };
+        let ToolCall { server, tool, arguments, progress, idempotency } = call;
+        let offer = CallOffer { server, tool, progress, placing: Placing::Take, idempotency };
         let admitted = self.admit(context, offer).await.map_err(Refusal::into_error)?;
         Ok(admitted.go(arguments))
     }

@@ -148,6 +148,7 @@ async fn ask(
 ) -> Result<Value, Problem> {
     let context = CallContext { request_id, user: user.clone(), timeout: None, spent: Duration::ZERO };
     let call = ToolCall {
+        idempotency: None,
         server: server.clone(),
         tool: ToolName::from_stored(tool),
         arguments: RawJson::of(arguments).map_err(WorkerError::internal)?,

@@ -12,11 +12,12 @@ use axum::{
 };
 use bytes::Bytes;
 use futures_util::stream;
-use http::{HeaderMap, StatusCode};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use mcp_shared::{
     answer::{failure, success},
     error::{Outcome, WorkerError},
-    ids::{RequestId, ServerName, ToolName},
+    idempotency::Idempotency,
+    ids::{IdempotencyKey, RequestId, ServerName, ToolName},
     json::RawJson,
     worker_api::{CallContext, CallEvent, CallStream, ToolCall},
 };
@@ -28,6 +29,8 @@ use crate::{
     problem::{Problem, json_bytes},
 };
 
+/// Says that an answer is that of an earlier call of the same `Idempotency-Key`.
+const REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");
 /// How often a silent event stream shows that it lives.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
@@ -47,9 +50,32 @@ pub async fn call(
         return Ok(events(stream, id, origin));
     }
     // Dropping this future, which the HTTP server does when the client goes away, cancels the call.
-    let result = stream.result().await;
-    let result = result.map_err(|error| origin.invite(error.or_outcome(Outcome::Unknown)))?;
-    Ok(json_bytes(StatusCode::OK, success(&result)))
+    let (result, replayed) = ended(stream).await;
+    let replayed = replayed.then(|| HeaderValue::from_static("true"));
+    match result {
+        Ok(result) => {
+            let mut answer = json_bytes(StatusCode::OK, success(&result));
+            answer.headers_mut().extend(replayed.map(|value| (REPLAYED, value)));
+            Ok(answer)
+        }
+        Err(error) => {
+            let problem = origin.invite(error.or_outcome(Outcome::Unknown)).into();
+            Err(replayed.into_iter().fold(problem, |problem: Problem, value| problem.header(REPLAYED, value)))
+        }
+    }
+}
+
+/// The end of a call, and whether it is what came of the call when it was made for the first time.
+async fn ended(mut stream: CallStream) -> (Result<RawJson, WorkerError>, bool) {
+    let mut replayed = false;
+    while let Some(event) = stream.next().await {
+        match event {
+            CallEvent::Progress(_) => {}
+            CallEvent::Replayed => replayed = true,
+            CallEvent::Done(result) => return (result, replayed),
+        }
+    }
+    (Err(WorkerError::internal("a call ended without a result")), replayed)
 }
 
 /// What is called, and on whose behalf. Whatever is wrong here, the call was not started.
@@ -69,7 +95,15 @@ async fn read_call(
         Field::Value(_) => return Err(Problem::invalid("args must be a JSON object")),
         Field::Absent | Field::Null => RawJson::empty_object(),
     };
-    Ok((context, ToolCall { server, tool, arguments, progress: wants_events(headers) }))
+    let idempotency = match headers.get("idempotency-key") {
+        None => None,
+        Some(value) => {
+            let key = IdempotencyKey::parse(value.to_str().unwrap_or_default())?;
+            let name = Idempotency::of(key, &server, &tool, &arguments).map_err(WorkerError::internal)?;
+            Some(name)
+        }
+    };
+    Ok((context, ToolCall { server, tool, arguments, progress: wants_events(headers), idempotency }))
 }
 
 /// `GET /mcp/tools`: the tools of all enabled servers, also of those that do not run right now.
@@ -102,6 +136,7 @@ fn events(stream: CallStream, id: RequestId, origin: Origin) -> Response {
             Some(CallEvent::Progress(params)) => {
                 ("progress", text(params.bytes()), Some((stream, id, origin)))
             }
+            Some(CallEvent::Replayed) => ("replayed", "{}".to_owned(), Some((stream, id, origin))),
             Some(CallEvent::Done(Ok(result))) => ("result", text(&success(&result)), None),
             Some(CallEvent::Done(Err(error))) => {
                 let error = origin.invite(error.or_outcome(Outcome::Unknown));

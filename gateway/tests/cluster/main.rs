@@ -16,6 +16,8 @@ mod durability;
 mod edge;
 #[path = "../it/framing.rs"]
 mod framing;
+#[path = "../it/idempotency.rs"]
+mod idempotency;
 #[path = "../it/lifecycle.rs"]
 mod lifecycle;
 #[path = "../it/logins.rs"]

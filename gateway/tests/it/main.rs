@@ -12,6 +12,7 @@ mod edge;
 mod embedded;
 mod fixture;
 mod framing;
+mod idempotency;
 mod lifecycle;
 mod logins;
 mod oauth;

@@ -271,6 +271,12 @@ impl Inner {
                     }
                     return;
                 }
+                ToRouter::Replayed if going => {
+                    if let Some(events) = &state.events {
+                        let _ = events.try_send(CallEvent::Replayed);
+                    }
+                    return;
+                }
                 ToRouter::Answer(frame) if going => {
                     match self.assemble(&call, state, attempt, &frame, body, &mut post) {
                         Some(turn) => turn,
@@ -285,7 +291,11 @@ impl Inner {
                     }
                     turn
                 }
-                ToRouter::Progress | ToRouter::Answer(_) | ToRouter::Failed(_) | ToRouter::Alive => return,
+                ToRouter::Progress
+                | ToRouter::Replayed
+                | ToRouter::Answer(_)
+                | ToRouter::Failed(_)
+                | ToRouter::Alive => return,
             };
             self.apply(&call, state, turn, &mut post);
         }

@@ -41,6 +41,7 @@ impl Inner {
                             tool: call.request.tool.clone(),
                             progress: call.request.progress,
                             placing,
+                            idempotency: call.request.idempotency.clone(),
                         },
                     });
                     self.tell(&worker, attempt, &offer, &[]).await

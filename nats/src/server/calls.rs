@@ -129,6 +129,7 @@ impl Inner {
                 CallEvent::Progress(params) => {
                     self.say_with(reply, &ToRouter::Progress, params.as_bytes()).await;
                 }
+                CallEvent::Replayed => self.say(reply, &ToRouter::Replayed).await,
                 CallEvent::Done(Ok(result)) => return Ending::Answer(result.bytes().clone()),
                 CallEvent::Done(Err(error)) => return Ending::Failed(error),
             }

@@ -162,7 +162,7 @@ impl Inner {
             None => None,
         };
         let context = CallContext { request_id, user, timeout, spent: Duration::ZERO };
-        Ok((context, ToolCall { server, tool, arguments, progress: false }))
+        Ok((context, ToolCall { server, tool, arguments, progress: false, idempotency: None }))
     }
 }
 

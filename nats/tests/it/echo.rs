@@ -204,8 +204,8 @@ impl Hosting for Echo {
 #[async_trait]
 impl WorkerApi for Echo {
     async fn call_tool(&self, context: CallContext, call: ToolCall) -> Result<CallStream, WorkerError> {
-        let ToolCall { server, tool, arguments, progress } = call;
-        let offer = CallOffer { server, tool, progress, placing: Placing::Take };
+        let ToolCall { server, tool, arguments, progress, idempotency } = call;
+        let offer = CallOffer { server, tool, progress, placing: Placing::Take, idempotency };
         let reservation = self.reserve(context, offer).await.map_err(Refusal::into_error)?;
         Ok(reservation.go(arguments))
     }

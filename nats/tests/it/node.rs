@@ -87,6 +87,7 @@ pub async fn begin(
     let user = UserId::from_stored("anna");
     let context = CallContext { request_id: RequestId::generate(), user, timeout, spent: Duration::ZERO };
     let call = ToolCall {
+        idempotency: None,
         server: ServerName::from_stored(server),
         tool: ToolName::from_stored(tool),
         arguments: RawJson::of(&arguments).unwrap(),

@@ -59,6 +59,7 @@ async fn a_large_answer_that_was_lost_is_sent_again_in_full() {
         size: arguments.len(),
         router: node.clone(),
         call: CallOffer {
+            idempotency: None,
             server: ServerName::from_stored("github"),
             tool: ToolName::from_stored("grow"),
             progress: false,

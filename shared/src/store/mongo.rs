@@ -29,6 +29,7 @@ use super::{Fact, Lease, Revision, SealedSecret, SealedServer, Store, StoreError
 use crate::{
     ids::{SecretName, ServerName, UserId},
     limits,
+    timestamp::Timestamp,
 };
 
 mod adoption;
@@ -412,6 +413,10 @@ impl Store for MongoStore {
         expected: Option<Revision>,
     ) -> Result<bool, StoreError> {
         self.run(self.database.delete_document(collection, key, expected)).await
+    }
+
+    async fn delete_expired(&self, collection: super::Collection, now: Timestamp) -> Result<u64, StoreError> {
+        self.run(self.database.delete_expired(collection, now)).await
     }
 
     async fn put_once(&self, fact: Fact, key: &str, value: &str) -> Result<String, StoreError> {

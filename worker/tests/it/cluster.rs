@@ -150,7 +150,10 @@ impl Node {
         };
         let tool = ToolName::parse(tool).unwrap();
         self.worker
-            .reserve(context, CallOffer { server: server.clone(), tool, progress: false, placing })
+            .reserve(
+                context,
+                CallOffer { server: server.clone(), tool, progress: false, placing, idempotency: None },
+            )
             .await
     }
 

@@ -12,6 +12,7 @@ use mcp_shared::{
         Collection, Document, Fact, Lease, Revision, SealedSecret, SealedServer, Store, StoreError,
         StoredTools, Versioned,
     },
+    timestamp::Timestamp,
 };
 use tokio::sync::watch;
 
@@ -219,6 +220,10 @@ impl Store for Faulty {
     ) -> Result<bool, StoreError> {
         let key = key.to_owned();
         self.pass(move |store| async move { store.delete_document(collection, &key, expected).await }).await
+    }
+
+    async fn delete_expired(&self, collection: Collection, now: Timestamp) -> Result<u64, StoreError> {
+        self.pass(move |store| async move { store.delete_expired(collection, now).await }).await
     }
 
     async fn put_once(&self, fact: Fact, key: &str, value: &str) -> Result<String, StoreError> {

@@ -164,6 +164,17 @@ pub(super) fn delete(
     Ok(deleted > 0)
 }
 
+pub(super) fn delete_expired(
+    connection: &Connection,
+    collection: Collection,
+    now: Timestamp,
+) -> Result<u64, Failure> {
+    // Stamps are texts of one length, which are in order as their moments are.
+    let sql = "DELETE FROM documents WHERE collection = ?1 AND json_extract(document, '$.expireAt') < ?2";
+    let deleted = connection.execute(sql, params![collection.name(), now.to_string()])?;
+    Ok(u64::try_from(deleted).unwrap_or(u64::MAX))
+}
+
 fn exists(connection: &Connection, collection: Collection, key: &str) -> rusqlite::Result<bool> {
     connection.query_row(
         "SELECT EXISTS (SELECT 1 FROM documents WHERE collection = ?1 AND key = ?2)",

@@ -20,6 +20,7 @@ use crate::{
         self, Collection, Fact, Lease, Revision, SealedSecret, SealedServer, Store, StoreError, StoredTools,
         Versioned,
     },
+    timestamp::Timestamp,
 };
 
 #[async_trait]
@@ -385,6 +386,10 @@ impl Store for EmbeddedStore {
     ) -> Result<bool, StoreError> {
         let key = key.to_owned();
         self.write(move |connection| documents::delete(connection, collection, &key, expected)).await
+    }
+
+    async fn delete_expired(&self, collection: Collection, now: Timestamp) -> Result<u64, StoreError> {
+        self.write(move |connection| documents::delete_expired(connection, collection, now)).await
     }
 
     async fn put_once(&self, fact: Fact, key: &str, value: &str) -> Result<String, StoreError> {

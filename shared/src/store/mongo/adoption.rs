@@ -15,7 +15,11 @@ fn parts(collection: Collection) -> Option<[&'static str; 2]> {
     match collection {
         Collection::Sessions | Collection::OAuthTokens => Some(["serverName", "username"]),
         Collection::OAuthClients => Some(["issuer", "redirectUri"]),
-        Collection::Packages | Collection::PackageLocks | Collection::Jobs | Collection::OAuthLogins => None,
+        Collection::Packages
+        | Collection::PackageLocks
+        | Collection::Jobs
+        | Collection::OAuthLogins
+        | Collection::NamedCalls => None,
     }
 }
 

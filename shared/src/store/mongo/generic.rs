@@ -6,7 +6,7 @@ use std::collections::HashSet;
 
 use mongodb::{
     Collection as Rows,
-    bson::{Bson, Document, RawDocumentBuf, doc},
+    bson::{Bson, DateTime, Document, RawDocumentBuf, doc},
 };
 use serde_json::Value;
 
@@ -19,8 +19,11 @@ use super::{
 use crate::{
     ids::ServerName,
     store::{self, ACTIVE, Collection, Revision, SERVER, StoreError, Versioned},
+    timestamp::Timestamp,
 };
 
+/// The field that says when a document is of no more use.
+pub(super) const EXPIRES: &str = "expireAt";
 const UNREADABLE: &str = "a document cannot be read";
 
 /// The fields that mcp-api has as dates.
@@ -29,6 +32,7 @@ fn dates(collection: Collection) -> &'static [&'static str] {
         Collection::Packages => &["installed", "lastUpgraded"],
         Collection::Sessions | Collection::OAuthClients => &["createdAt", "updatedAt"],
         Collection::OAuthTokens => &["createdAt", "updatedAt", "expiresAt"],
+        Collection::NamedCalls => &[EXPIRES],
         Collection::PackageLocks | Collection::Jobs | Collection::OAuthLogins => &[],
     }
 }
@@ -39,7 +43,9 @@ fn is_shared(collection: Collection) -> bool {
         Collection::Packages | Collection::Sessions | Collection::OAuthTokens | Collection::OAuthClients => {
             true
         }
-        Collection::PackageLocks | Collection::Jobs | Collection::OAuthLogins => false,
+        Collection::PackageLocks | Collection::Jobs | Collection::OAuthLogins | Collection::NamedCalls => {
+            false
+        }
     }
 }
 
@@ -277,5 +283,14 @@ impl Database {
             return Ok(true);
         }
         if self.has_document(collection, key).await? { Err(StoreError::Conflict.into()) } else { Ok(false) }
+    }
+
+    pub(super) async fn delete_expired(
+        &self,
+        collection: Collection,
+        now: Timestamp,
+    ) -> Result<u64, Failure> {
+        let before = doc! { EXPIRES: { "$lt": DateTime::from_millis(now.millis()) } };
+        Ok(self.documents(collection).delete_many(before).await?.deleted_count)
     }
 }

@@ -12,6 +12,7 @@ use super::{
     Database,
     documents::CASE_KEY,
     failure::{Failure, is_duplicate, is_other_name},
+    generic::EXPIRES,
     servers::collect,
 };
 use crate::store::{self, ACTIVE, SERVER, StoreError};
@@ -52,7 +53,8 @@ impl Database {
             self.ensure_plain(&self.documents(collection), SERVER).await?;
         }
         // Only jobs have the field, and every worker looks for the active ones again and again.
-        self.ensure_plain(&self.documents(store::Collection::Jobs), ACTIVE).await
+        self.ensure_plain(&self.documents(store::Collection::Jobs), ACTIVE).await?;
+        self.ensure_plain(&self.documents(store::Collection::NamedCalls), EXPIRES).await
     }
 
     /// An index that only makes searching fast, with the name of its field as mcp-api does it. One that
