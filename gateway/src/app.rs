@@ -6,6 +6,7 @@ use axum::{body::Body, extract::FromRequestParts};
 use bytes::Bytes;
 use http::{HeaderMap, header, request::Parts};
 use mcp_shared::{
+    egress::Egress,
     error::{ErrorCode, WorkerError},
     fleet::NodeReport,
     ids::{RequestId, ServerName, UserId},
@@ -22,6 +23,7 @@ use crate::{
     body::{self, Field, Fields},
     latest::LatestVersions,
     problem::Problem,
+    routes::server_view::Viewer,
 };
 
 /// The state of the HTTP side.
@@ -38,6 +40,8 @@ pub struct App {
     pub changes: TaskTracker,
     /// Cancelled when the program is to stop.
     pub stop: CancellationToken,
+    /// Where requests may go that users steer.
+    pub egress: Egress,
     /// The latest versions of packages, as registries said lately.
     pub latest: LatestVersions,
     /// Where browsers find this program, if it was told.
@@ -127,6 +131,11 @@ impl App {
             }
         }
         Ok(reports)
+    }
+
+    /// Who looks at answers. There is no authentication yet, and without it everybody may do everything.
+    pub fn viewer(&self) -> Viewer {
+        Viewer { admin: true }
     }
 
     /// Reads a JSON body within this program's limit.

@@ -6,6 +6,7 @@ use std::{sync::Arc, time::Duration};
 use bytes::Bytes;
 use mcp_shared::{
     config::InstallOnStart,
+    egress::Egress,
     error::WorkerError,
     package::{Job, JobKind},
     store::{Fact, INSTALLED_ON_START as ORDERED, StoreError},
@@ -93,7 +94,7 @@ async fn order_one(app: &App, one: &InstallOnStart) -> Result<Ordered, VaultErro
     if app.vault.store().servers().await?.iter().any(|server| server.value.0.name.case_key() == key) {
         return Ok(Ordered::Before);
     }
-    let Install { spec, server } = match install(one) {
+    let Install { spec, server } = match install(one, &app.egress) {
         Ok(install) => install,
         Err(problem) => return Ok(Ordered::Never(problem)),
     };
@@ -107,11 +108,11 @@ async fn order_one(app: &App, one: &InstallOnStart) -> Result<Ordered, VaultErro
 }
 
 /// The same as a request with these two names.
-fn install(one: &InstallOnStart) -> Result<Install, Problem> {
+fn install(one: &InstallOnStart, egress: &Egress) -> Result<Install, Problem> {
     not_builtin(&one.server)?;
     let body = json!({"name": one.package, "serverName": one.server});
     let body = serde_json::to_vec(&body).map(Bytes::from).map_err(WorkerError::internal)?;
-    package_input::install(&Fields::parse(&body)?)
+    package_input::install(&Fields::parse(&body)?, egress)
 }
 
 #[cfg(test)]
@@ -126,8 +127,10 @@ mod tests {
             package: "@missionsquad/mcp-github".to_owned(),
             server: ServerName::from_stored(server),
         };
-        let Install { spec, server } = install(&one("github")).unwrap();
+        let Install { spec, server } = install(&one("github"), &Egress::default()).unwrap();
         assert_eq!((spec.name.as_str(), server.name.as_str()), ("@missionsquad/mcp-github", "github"));
-        assert!(install(&one("webtools")).is_err() && install(&one("jobs")).is_err());
+        for server in ["webtools", "jobs"] {
+            assert!(install(&one(server), &Egress::default()).is_err(), "{server}");
+        }
     }
 }

@@ -141,6 +141,7 @@ async fn start(
         payload_limit: settings.payload_limit,
         changes,
         stop: stop.clone(),
+        egress: settings.remote.egress.clone(),
         latest: LatestVersions::default(),
         public_url: settings.remote.public_url.clone(),
     };

@@ -9,6 +9,7 @@ pub mod oauth;
 pub mod package_input;
 pub mod package_view;
 pub mod packages;
+pub mod remote_input;
 pub mod secrets;
 pub mod server_input;
 pub mod server_view;

@@ -370,7 +370,7 @@ mod tests {
                 "both.example" => vec![public, private],
                 "none.example" => Vec::new(),
                 "db.internal" | "a.corp.example" => vec!["10.0.0.9".parse().unwrap()],
-                _ if self.0.fetch_add(1, Ordering::Relaxed) % 2 == 0 => vec![public],
+                _ if self.0.fetch_add(1, Ordering::Relaxed).is_multiple_of(2) => vec![public],
                 _ => vec![private],
             })
         }

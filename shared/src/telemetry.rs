@@ -2,7 +2,7 @@
 
 use std::{any::Any, backtrace, io::IsTerminal, panic, thread};
 
-use tracing::Level;
+use tracing::{Level, Metadata};
 use tracing_subscriber::{
     EnvFilter, Layer,
     filter::{LevelFilter, filter_fn},
@@ -17,8 +17,19 @@ use crate::{config::LogFormat, error::shorten};
 const DEFAULT: &str = "info";
 /// What `DEBUG=true` makes of it: our own crates only, because libraries say a lot at that level.
 const DEBUG: &str = "info,mcp_gateway=debug,mcp_worker=debug,mcp_nats=debug,mcp_shared=debug";
-/// Libraries that write what passes through them into the log, if they are let.
-const OUTSPOKEN: [&str; 3] = ["async_nats", "mongodb", "rmcp"];
+/// Libraries that write what passes through them into the log, if they are let, with the level up to which
+/// they are. No setting lifts that: below it stand whole messages, with users' arguments and secrets, and of
+/// those that speak to remote servers also authorization codes, tokens and headers.
+const OUTSPOKEN: [(&str, Level); 7] = [
+    ("async_nats", Level::INFO),
+    ("mongodb", Level::INFO),
+    ("rmcp", Level::WARN),
+    ("oauth2", Level::WARN),
+    ("reqwest", Level::WARN),
+    // With `hyper_util` and all others that begin so.
+    ("hyper", Level::WARN),
+    ("h2", Level::WARN),
+];
 /// Characters of a panic's message that reach the log; it may hold somebody's data.
 const PANIC_MESSAGE: usize = 200;
 
@@ -53,17 +64,19 @@ pub fn init(format: LogFormat, debug: bool, filter: Option<&str>) -> Result<(), 
     } else {
         lines.compact().with_ansi(false).boxed()
     };
-    // What these say below `info` has whole messages in it, and with them users' arguments and secrets.
-    let discreet = filter_fn(|about| {
-        *about.level() <= Level::INFO || !OUTSPOKEN.iter().any(|target| about.target().starts_with(target))
-    });
     registry()
-        .with(layer.with_filter(discreet))
+        .with(layer.with_filter(filter_fn(is_discreet)))
         .with(filter)
         .try_init()
         .map_err(TelemetryError::AlreadySet)?;
     panic::set_hook(Box::new(log_panic));
     Ok(())
+}
+
+/// Whether something may stand in the log, whatever was asked for.
+fn is_discreet(about: &Metadata<'_>) -> bool {
+    let mut outspoken = OUTSPOKEN.iter().filter(|(target, _)| about.target().starts_with(target));
+    outspoken.all(|(_, most)| about.level() <= most)
 }
 
 /// The filter: `RUST_LOG`, to which `DEBUG=true` adds our crates unless it asks for as much already.
@@ -146,6 +159,45 @@ mod tests {
 
         fn flush(&mut self) -> std::io::Result<()> {
             Ok(())
+        }
+    }
+
+    #[test]
+    fn libraries_that_see_secrets_stay_silent_whatever_is_asked_for() {
+        for directives in ["trace", "debug,rmcp=trace,oauth2=trace,reqwest=trace,hyper_util=trace,h2=trace"] {
+            let buffer = Buffer::default();
+            let writer = buffer.clone();
+            let lines = tracing_subscriber::fmt::layer().with_writer(move || writer.clone());
+            let subscriber = registry()
+                .with(lines.with_filter(filter_fn(is_discreet)))
+                .with(EnvFilter::try_new(directives).unwrap());
+            tracing::subscriber::with_default(subscriber, || {
+                macro_rules! say {
+                    ($($target:literal),*) => { $(
+                        tracing::trace!(target: $target, "canary");
+                        tracing::debug!(target: $target, code = "canary", "asked");
+                        tracing::info!(target: $target, "canary");
+                        let _span = tracing::info_span!(target: $target, "s", token = "canary").entered();
+                        tracing::warn!(target: $target, "warned by {}", $target);
+                    )* };
+                }
+                say!(
+                    "rmcp",
+                    "rmcp::transport::auth",
+                    "oauth2",
+                    "reqwest::connect",
+                    "hyper",
+                    "hyper_util::client",
+                    "h2"
+                );
+                tracing::debug!(target: "async_nats::client", "canary");
+                tracing::info!(target: "mongodb", "informed");
+                tracing::debug!(target: "mcp_worker::oauth", "ours");
+            });
+            let log = String::from_utf8(buffer.0.lock().unwrap().clone()).unwrap();
+            assert!(!log.contains("canary"), "{log}");
+            assert_eq!(log.matches("warned by").count(), 7, "{log}");
+            assert!(log.contains("informed") && log.contains("ours"), "{log}");
         }
     }
 

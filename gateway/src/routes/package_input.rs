@@ -2,6 +2,7 @@
 //! Python that is not in the grammar of [`names`].
 
 use mcp_shared::{
+    egress::{Egress, EgressError},
     error::ErrorCode,
     ids::ServerName,
     limits,
@@ -12,7 +13,10 @@ use mcp_shared::{
 use crate::{
     body::{Field, Fields},
     problem::Problem,
-    routes::server_input::{check_command, draft, list, new_transport},
+    routes::{
+        remote_input::check_url,
+        server_input::{check_command, draft, list, new_transport},
+    },
 };
 
 /// Fields that only packages of Python have.
@@ -32,7 +36,7 @@ pub struct Install {
 }
 
 /// Reads the body of `POST /packages/install`.
-pub fn install(fields: &Fields<'_>) -> Result<Install, Problem> {
+pub fn install(fields: &Fields<'_>, egress: &Egress) -> Result<Install, Problem> {
     let given = |name: &str| Ok::<_, Problem>(fields.text(name)?.value().filter(|text| !text.is_empty()));
     let (Some(name), Some(server)) = (given("name")?, given("serverName")?) else {
         return Err(Problem::invalid("Package name and server name are required"));
@@ -59,8 +63,8 @@ pub fn install(fields: &Fields<'_>) -> Result<Install, Problem> {
         fail_on_warning: flag(fields, "failOnWarning")?,
         allow_scripts: flag(fields, "allowScripts")?,
     };
-    check(&spec)?;
-    let transport = new_transport(fields)?;
+    check(&spec, egress)?;
+    let transport = new_transport(fields, egress)?;
     match runtime {
         Runtime::Python => {
             if !matches!(transport, Transport::Stdio { .. }) {
@@ -88,7 +92,7 @@ pub fn version(fields: &Fields<'_>) -> Result<Option<String>, Problem> {
 
 /// Whether npm, pip and Python can be given this. Packages that mcp-api installed never passed this test, so
 /// what is taken from a record has to pass it as well.
-pub fn check(spec: &PackageSpec) -> Result<(), Problem> {
+pub fn check(spec: &PackageSpec, egress: &Egress) -> Result<(), Problem> {
     let field = |name: &str, valid: bool, rule: &str| {
         if valid { Ok(()) } else { Err(Problem::invalid(format!("{name} {rule}"))) }
     };
@@ -120,7 +124,12 @@ pub fn check(spec: &PackageSpec) -> Result<(), Problem> {
     for (name, url) in [("pipIndexUrl", &spec.pip_index_url), ("pipExtraIndexUrl", &spec.pip_extra_index_url)]
     {
         if let Some(url) = url {
+            // What leads to where nobody may go is refused in these words, however it is spelled.
+            if matches!(egress.check(url), Err(EgressError::Blocked(_))) {
+                return check_url(egress, name, url);
+            }
             names::index_url(url).map_err(|rule| Problem::invalid(format!("{name} {rule}")))?;
+            check_url(egress, name, url)?;
         }
     }
     Ok(())
@@ -143,8 +152,8 @@ fn check_name(runtime: Runtime, name: &str) -> Result<(), Problem> {
 }
 
 /// How to ask for the latest version of an installed package.
-pub fn latest_of(record: &PackageRecord) -> Result<LatestQuery, Problem> {
-    check(&record.spec(None))?;
+pub fn latest_of(record: &PackageRecord, egress: &Egress) -> Result<LatestQuery, Problem> {
+    check(&record.spec(None), egress)?;
     let name = match record.runtime {
         Runtime::Node => record.name.as_str(),
         Runtime::Python => bare(&record.name),
@@ -184,7 +193,7 @@ mod tests {
         let mut body = json!({"name": "left-pad", "serverName": "pad"});
         body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
         let bytes = Bytes::from(body.to_string());
-        install(&Fields::parse(&bytes).unwrap()).unwrap()
+        install(&Fields::parse(&bytes).unwrap(), &Egress::default()).unwrap()
     }
 
     #[test]
@@ -221,7 +230,7 @@ mod tests {
         else {
             panic!()
         };
-        assert_eq!((url.as_str(), session_id.as_deref()), ("https://mcp.example.org/mcp", Some("s")));
+        assert_eq!((url.as_str(), session_id), ("https://mcp.example.org/mcp", None));
         assert_eq!(headers.unwrap().0["X-Custom-Header"], "v");
         assert_eq!(reconnection_options.unwrap()["maxRetries"], 3);
     }
@@ -245,13 +254,21 @@ mod tests {
 
     #[test]
     fn nobody_is_asked_for_what_no_registry_can_have() {
-        assert_eq!(latest_of(&record("requests[socks]", Runtime::Python)).unwrap().name, "requests");
+        assert_eq!(
+            latest_of(&record("requests[socks]", Runtime::Python), &Egress::default()).unwrap().name,
+            "requests"
+        );
         for name in ["git+ssh://x/y", "../x", "--registry=http://x", "x@file:/etc"] {
-            let problem = latest_of(&record(name, Runtime::Node)).unwrap_err();
+            let problem = latest_of(&record(name, Runtime::Node), &Egress::default()).unwrap_err();
             assert_eq!(problem.code(), ErrorCode::InvalidPackageName, "{name}");
         }
         let mut record = record("x", Runtime::Python);
         record.pip_index_url = Some("http://user:password@x/".to_owned());
-        assert!(latest_of(&record).is_err());
+        assert!(latest_of(&record, &Egress::default()).is_err());
+        // It was good when the operator permitted it.
+        record.pip_index_url = Some("https://10.0.0.7/simple".to_owned());
+        assert_eq!(latest_of(&record, &Egress::default()).unwrap_err().code(), ErrorCode::BlockedAddress);
+        let permitted = Egress::new(vec!["10.0.0.0/8".parse().unwrap()]);
+        assert!(latest_of(&record, &permitted).is_ok());
     }
 }

@@ -24,12 +24,12 @@ use serde_json::{Map, Value, json};
 
 use crate::{
     app::{App, user},
-    body::Fields,
+    body::{Field, Fields},
     problem::{Problem, json_bytes, json_response},
     routes::{
         jobs::{accepted, respond_async},
         package_input::{self, Install},
-        package_view,
+        package_view, remote_input,
         server_view::{Detail, view},
         servers::not_builtin,
     },
@@ -71,14 +71,20 @@ pub async fn install(
     let body = app.body(&headers, body).await?;
     let fields = Fields::parse(&body)?;
     let user = user(&fields)?;
-    let Install { spec, server } = package_input::install(&fields)?;
+    let Install { spec, server } = package_input::install(&fields, &app.egress)?;
+    let session = remote_input::session_id(&fields)?;
     not_builtin(&server.name)?;
+    // It can be stored when there is a server that it belongs to.
+    if respond_async(&headers) && matches!(session, Field::Value(_)) {
+        return Err(Problem::invalid("sessionId cannot be kept for a server that nobody waits for"));
+    }
     app.no_server(&server.name).await?;
     let job = app.order(Job::new(JobKind::Install, server.name.clone(), spec, Some(server))).await?;
     if respond_async(&headers) {
         return accepted(&job);
     }
     let job = app.ended(job).await?;
+    app.keep_session(&job.server_name, &user, session).await?;
     app.installed(&job.server_name, &user, Detail::Summary).await
 }
 
@@ -283,7 +289,7 @@ impl App {
         let mut queries = Vec::new();
         let mut asked = Vec::new();
         for known in packages {
-            match package_input::latest_of(&known.package.value) {
+            match package_input::latest_of(&known.package.value, &self.egress) {
                 Ok(query) => {
                     queries.push(query);
                     asked.push(known);
@@ -319,7 +325,7 @@ impl App {
 
     async fn order_upgrade(&self, record: &PackageRecord, version: Option<String>) -> Result<Job, Problem> {
         let spec = record.spec(version);
-        package_input::check(&spec)?;
+        package_input::check(&spec, &self.egress)?;
         let server = &record.mcp_server_id;
         if self.vault.server(server).await?.is_none() {
             return Err(WorkerError::server_not_found(server).into());
@@ -336,7 +342,7 @@ impl App {
             Ok(Some(report)) => Some(report),
             Ok(None) | Err(_) => self.worker.report(name).await.ok(),
         };
-        let server = view(&server.value, report.as_ref(), detail)?;
+        let server = view(&server.value, report.as_ref(), detail, self.viewer())?;
         let package = package_view::package(&package.value)?;
         Ok(json_bytes(StatusCode::OK, package_view::installed(&package, &server)?))
     }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use mcp_shared::{
+    egress::Egress,
     ids::{SecretName, ServerName, object_id},
     limits,
     server::{Isolation, Scaling, ServerRecord, Transport, Variables},
@@ -14,22 +15,26 @@ use serde_json::{Map, Value};
 use crate::{
     body::{Field, Fields},
     problem::Problem,
+    routes::remote_input,
 };
 
 /// Fields that only one of the two transports has.
 const STDIO_FIELDS: [&str; 3] = ["command", "args", "env"];
-const HTTP_FIELDS: [&str; 4] = ["url", "headers", "sessionId", "reconnectionOptions"];
+const HTTP_FIELDS: [&str; 5] = ["url", "headers", "sessionId", "reconnectionOptions", "oauthClient"];
+/// What is said of the others.
+const NOT_STDIO: &str =
+    "Stdio servers cannot define streamable_http fields (url, headers, sessionId, reconnectionOptions).";
+const NOT_HTTP: &str = "Streamable HTTP servers cannot define stdio fields (command, args, env).";
 /// Descriptive fields that are kept and shown, and mean nothing to us.
 const DESCRIPTIVE: [&str; 6] =
     ["homepageUrl", "repositoryUrl", "licenseName", "catalogProvider", "catalogId", "createdBy"];
 
 /// A record from the body of `POST /mcp/servers`.
-pub fn new_record(fields: &Fields<'_>) -> Result<ServerRecord, Problem> {
+pub fn new_record(fields: &Fields<'_>, egress: &Egress) -> Result<ServerRecord, Problem> {
     let name = ServerName::parse_new(&fields.required("name")?)?;
-    let transport = new_transport(fields)?;
-    match &transport {
-        Transport::Stdio { command, .. } => require_command(command)?,
-        Transport::StreamableHttp { .. } => return Err(not_yet()),
+    let transport = new_transport(fields, egress)?;
+    if let Transport::Stdio { command, .. } = &transport {
+        require_command(command)?;
     }
     draft(name, transport, fields)
 }
@@ -75,14 +80,18 @@ pub fn plain(name: ServerName, transport: Transport) -> ServerRecord {
 
 /// A record with the changes that the body of `PUT /mcp/servers/:name` asks for. Fields that are not
 /// there stay; `null` unsets those that can be unset.
-pub fn updated_record(record: &ServerRecord, fields: &Fields<'_>) -> Result<ServerRecord, Problem> {
+pub fn updated_record(
+    record: &ServerRecord,
+    fields: &Fields<'_>,
+    egress: &Egress,
+) -> Result<ServerRecord, Problem> {
     let mut next = record.clone();
     if let Field::Value(name) = fields.text("name")?
         && name != record.name.as_str()
     {
         return Err(Problem::invalid("name cannot be changed"));
     }
-    update_transport(&mut next, fields)?;
+    update_transport(&mut next, fields, egress)?;
     update_common(&mut next, fields)?;
     if let Transport::Stdio { command, .. } = &next.transport {
         require_command(command)?;
@@ -96,15 +105,10 @@ pub fn updated_record(record: &ServerRecord, fields: &Fields<'_>) -> Result<Serv
 
 /// A transport from the fields of a new server. The command may be missing: that of a package follows from
 /// what is installed.
-pub fn new_transport(fields: &Fields<'_>) -> Result<Transport, Problem> {
-    let has = |names: &[&str]| names.iter().any(|name| matches!(fields.raw(name), Field::Value(_)));
+pub fn new_transport(fields: &Fields<'_>, egress: &Egress) -> Result<Transport, Problem> {
     match fields.text("transportType")?.value().as_deref() {
         None | Some("stdio") => {
-            if has(&HTTP_FIELDS) {
-                return Err(Problem::invalid(
-                    "Stdio servers cannot define streamable_http fields (url, headers, sessionId, reconnectionOptions).",
-                ));
-            }
+            has_none(fields, &HTTP_FIELDS, NOT_STDIO)?;
             let command = fields.text("command")?.value().filter(|command| !command.trim().is_empty());
             let args = list(fields, "args")?.value().unwrap_or_default();
             let env = variables(fields, "env")?.value().unwrap_or_default();
@@ -113,24 +117,21 @@ pub fn new_transport(fields: &Fields<'_>) -> Result<Transport, Problem> {
         Some("streamable_http") => {
             let url = fields.text("url")?.value().filter(|url| !url.trim().is_empty());
             let url = url.ok_or_else(|| Problem::invalid("Streamable HTTP servers require a url."))?;
-            if has(&STDIO_FIELDS) {
-                return Err(Problem::invalid(
-                    "Streamable HTTP servers cannot define stdio fields (command, args, env).",
-                ));
-            }
-            check_url(&url)?;
+            has_none(fields, &STDIO_FIELDS, NOT_HTTP)?;
+            remote_input::check_url(egress, "url", &url)?;
             Ok(Transport::StreamableHttp {
                 url,
-                headers: headers(fields)?,
-                session_id: session_id(fields)?,
-                reconnection_options: fields.get("reconnectionOptions", "must be an object")?.value(),
+                headers: remote_input::headers(fields)?.value(),
+                // It is a user's, and not the server's.
+                session_id: None,
+                reconnection_options: remote_input::reconnection(fields)?.value(),
             })
         }
         Some(_) => Err(Problem::invalid("transportType must be \"stdio\" or \"streamable_http\"")),
     }
 }
 
-fn update_transport(record: &mut ServerRecord, fields: &Fields<'_>) -> Result<(), Problem> {
+fn update_transport(record: &mut ServerRecord, fields: &Fields<'_>, egress: &Egress) -> Result<(), Problem> {
     let wanted = fields.text("transportType")?.value();
     let same = matches!(
         (&record.transport, wanted.as_deref()),
@@ -139,36 +140,40 @@ fn update_transport(record: &mut ServerRecord, fields: &Fields<'_>) -> Result<()
             | (Transport::StreamableHttp { .. }, Some("streamable_http"))
     );
     if !same {
-        record.transport = new_transport(fields)?;
-        if matches!(record.transport, Transport::StreamableHttp { .. }) {
-            return Err(not_yet());
+        record.transport = new_transport(fields, egress)?;
+        if !record.is_remote() {
+            record.oauth_client = None;
         }
         return Ok(());
     }
-    let has = |names: &[&str]| names.iter().any(|name| matches!(fields.raw(name), Field::Value(_)));
     match &mut record.transport {
         Transport::Stdio { command, args, env } => {
-            if has(&HTTP_FIELDS) {
-                return Err(Problem::invalid(
-                    "Stdio servers cannot define streamable_http fields (url, headers, sessionId, reconnectionOptions).",
-                ));
-            }
+            has_none(fields, &HTTP_FIELDS, NOT_STDIO)?;
             set(command, fields.text("command")?);
             set(args, list(fields, "args")?);
             set(env, variables(fields, "env")?);
         }
-        Transport::StreamableHttp { .. } => {
-            if has(&STDIO_FIELDS) {
-                return Err(Problem::invalid(
-                    "Streamable HTTP servers cannot define stdio fields (command, args, env).",
-                ));
+        Transport::StreamableHttp { url, headers, session_id, reconnection_options } => {
+            has_none(fields, &STDIO_FIELDS, NOT_HTTP)?;
+            if let Field::Value(new) = fields.text("url")? {
+                remote_input::check_url(egress, "url", &new)?;
+                *url = new;
             }
-            if has(&HTTP_FIELDS) {
-                return Err(Problem::invalid(
-                    "Servers over streamable_http cannot be changed by this version",
-                ));
+            set_optional(headers, remote_input::headers(fields)?);
+            set_optional(reconnection_options, remote_input::reconnection(fields)?);
+            // One that mcp-api kept here is over when somebody says something else.
+            if fields.raw("sessionId") != Field::Absent {
+                *session_id = None;
             }
         }
+    }
+    Ok(())
+}
+
+/// Refuses fields of the other transport.
+fn has_none(fields: &Fields<'_>, names: &[&str], rule: &str) -> Result<(), Problem> {
+    if names.iter().any(|name| matches!(fields.raw(name), Field::Value(_))) {
+        return Err(Problem::invalid(rule));
     }
     Ok(())
 }
@@ -196,6 +201,8 @@ fn update_common(record: &mut ServerRecord, fields: &Fields<'_>) -> Result<(), P
     set(&mut record.secret_env, secret_env(fields)?);
     set_optional(&mut record.concurrency, count(fields, "concurrency", limits::CONCURRENCY_MAX)?);
     set_optional(&mut record.instances, instances(fields)?);
+    let client = remote_input::oauth_client(fields, record.oauth_client.as_ref())?;
+    set_optional(&mut record.oauth_client, client);
     for name in DESCRIPTIVE {
         match limited(fields, name, 2_048)? {
             Field::Absent => {}
@@ -208,6 +215,16 @@ fn update_common(record: &mut ServerRecord, fields: &Fields<'_>) -> Result<(), P
 
 /// Rules that concern more than one field.
 fn check_whole(record: &ServerRecord) -> Result<(), Problem> {
+    if record.is_remote() && !record.secret_env.is_empty() {
+        return Err(Problem::invalid(
+            "secretEnv needs a server of our own: a remote one has no environment here",
+        ));
+    }
+    if record.is_remote() && record.instances.is_some() {
+        return Err(Problem::invalid(
+            "instances needs a server of our own: to a remote one every user has one connection",
+        ));
+    }
     if !record.secret_env.is_empty() && record.isolation != Isolation::PerUser {
         return Err(Problem::invalid("secretEnv needs isolation \"per_user\": a shared process has no user"));
     }
@@ -231,46 +248,6 @@ fn require_command(command: &str) -> Result<(), Problem> {
         return Err(Problem::invalid("Stdio servers require a command."));
     }
     Ok(())
-}
-
-fn not_yet() -> Problem {
-    Problem::invalid("transportType streamable_http is not part of this version; valid: stdio")
-}
-
-/// An endpoint is where requests go, and nothing else: a user name in it would end up in logs.
-fn check_url(url: &str) -> Result<(), Problem> {
-    let valid = url.len() <= limits::URI_BYTES
-        && url.parse::<http::Uri>().is_ok_and(|uri| {
-            matches!(uri.scheme_str(), Some("http" | "https"))
-                && uri.authority().is_some_and(|authority| !authority.as_str().contains('@'))
-        });
-    if valid {
-        return Ok(());
-    }
-    Err(Problem::invalid("url must be an http or https address without user name and password"))
-}
-
-fn headers(fields: &Fields<'_>) -> Result<Option<Variables>, Problem> {
-    let field: Field<Variables> = fields.get("headers", "must be an object whose values are strings")?;
-    let Field::Value(headers) = field else { return Ok(None) };
-    let valid = headers.0.iter().all(|(name, value)| {
-        http::HeaderName::from_bytes(name.as_bytes()).is_ok() && http::HeaderValue::from_str(value).is_ok()
-    });
-    if headers.0.len() > limits::HEADER_COUNT || !valid {
-        return Err(Problem::invalid(format!(
-            "headers must be at most {} names and values that HTTP headers can have",
-            limits::HEADER_COUNT
-        )));
-    }
-    Ok(Some(headers))
-}
-
-fn session_id(fields: &Fields<'_>) -> Result<Option<String>, Problem> {
-    let id = fields.text("sessionId")?.value();
-    if id.as_ref().is_some_and(|id| id.len() > 1_024 || !id.bytes().all(|byte| byte.is_ascii_graphic())) {
-        return Err(Problem::invalid("sessionId must be at most 1024 visible ASCII characters"));
-    }
-    Ok(id)
 }
 
 fn set<T>(target: &mut T, field: Field<T>) {

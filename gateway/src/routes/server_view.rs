@@ -3,6 +3,7 @@
 use bytes::Bytes;
 use mcp_shared::{
     error::WorkerError,
+    remote::GivenClient,
     server::{Isolation, Scaling, ServerRecord},
     worker_api::{ServerReport, ServerStatus},
 };
@@ -26,6 +27,29 @@ const NULLABLE: [&str; 11] = [
     "oauthTemplate",
 ];
 
+/// What stands in the place of a value that is not shown.
+const MASK: &str = "********";
+/// Parts of names of which it is known what they stand for, wherever in a name they are.
+const SECRET_WORDS: [&str; 15] = [
+    "secret",
+    "token",
+    "passw",
+    "passphrase",
+    "credential",
+    "authorization",
+    "cookie",
+    "apikey",
+    "api_key",
+    "access_key",
+    "private_key",
+    "signature",
+    "session",
+    "bearer",
+    "jwt",
+];
+/// The same, only as whole words: others have them inside.
+const SECRET_PARTS: [&str; 7] = ["key", "auth", "pass", "pwd", "pat", "dsn", "sas"];
+
 /// A server as a document. The tools stay the bytes that the server sent.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -46,11 +70,19 @@ pub enum Detail {
     Full,
 }
 
+/// Who looks at an answer.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Viewer {
+    /// Whether all that is configured may be seen.
+    pub admin: bool,
+}
+
 /// A server's record joined with what the workers know about it.
 pub fn view<'a>(
     record: &ServerRecord,
     report: Option<&'a ServerReport>,
     detail: Detail,
+    viewer: Viewer,
 ) -> Result<View<'a>, Problem> {
     let mut fields = record.extra.clone();
     let own = [
@@ -74,10 +106,18 @@ pub fn view<'a>(
     if record.scaling == Scaling::Replicated {
         fields.remove("scaling");
     }
-    if let Value::Object(transport) =
+    if let Value::Object(mut transport) =
         serde_json::to_value(&record.transport).map_err(WorkerError::internal)?
     {
+        // Whoever has it has the session.
+        transport.remove("sessionId");
         fields.extend(transport);
+    }
+    if !viewer.admin {
+        // Also those that a record keeps from the time before it had another transport.
+        for field in ["env", "headers"] {
+            fields.entry(field).and_modify(mask);
+        }
     }
     let optional = [
         ("secretNames", record.secret_names.as_ref().map(|names| json!(names))),
@@ -86,6 +126,7 @@ pub fn view<'a>(
         ("idleTimeout", record.idle_timeout.map(Value::from)),
         ("concurrency", record.concurrency.map(Value::from)),
         ("instanceLimit", record.instances.map(Value::from)),
+        ("oauthClient", record.oauth_client.as_ref().map(client)),
         ("secretEnv", (!record.secret_env.is_empty()).then(|| json!(record.secret_env))),
     ];
     for (name, value) in optional {
@@ -112,6 +153,28 @@ pub fn view<'a>(
     Ok(View { fields, tools_list, logs: report.map(|report| report.logs.as_slice()).unwrap_or_default() })
 }
 
+/// What an authorization server knows us by, without what proves it.
+fn client(client: &GivenClient) -> Value {
+    json!({"clientId": client.client_id, "scopes": client.scopes})
+}
+
+/// Hides the values of variables or headers whose names look as if they were secret.
+pub fn mask(variables: &mut Value) {
+    let Value::Object(variables) = variables else { return };
+    for (name, value) in variables {
+        if looks_secret(name) {
+            *value = MASK.into();
+        }
+    }
+}
+
+/// Whether the value of a variable or header of this name is one that not everybody should see.
+fn looks_secret(name: &str) -> bool {
+    let name = name.to_ascii_lowercase().replace('-', "_");
+    SECRET_WORDS.iter().any(|word| name.contains(word))
+        || name.split('_').any(|part| SECRET_PARTS.contains(&part))
+}
+
 /// `{"success":true, NAME: ...}` as bytes.
 pub fn document(name: &str, value: &impl Serialize) -> Result<Bytes, Problem> {
     #[derive(Serialize)]
@@ -122,4 +185,95 @@ pub fn document(name: &str, value: &impl Serialize) -> Result<Bytes, Problem> {
     }
     let document = Document { success: true, rest: [(name, value)].into() };
     serde_json::to_vec(&document).map(Bytes::from).map_err(|error| WorkerError::internal(error).into())
+}
+
+#[cfg(test)]
+mod tests {
+    use mcp_shared::ids::ServerName;
+
+    use super::*;
+    use crate::routes::server_input::plain;
+
+    fn shown(record: &ServerRecord, admin: bool) -> Value {
+        serde_json::to_value(view(record, None, Detail::Full, Viewer { admin }).ok()).unwrap()
+    }
+
+    fn remote() -> ServerRecord {
+        let transport = json!({
+            "transportType": "streamable_http", "url": "https://mcp.example.org/mcp", "sessionId": "canary",
+            "headers": {"Authorization": "Bearer x", "X-Api-Key": "x", "X-Custom-Header": "v", "X-Monkey": "m"},
+        });
+        let name = ServerName::from_stored("remote");
+        let mut record = plain(name, serde_json::from_value(transport).unwrap());
+        record.oauth_client = Some(GivenClient {
+            client_id: "id".to_owned(),
+            client_secret: Some("canary".to_owned()),
+            scopes: vec!["a".to_owned()],
+        });
+        record
+    }
+
+    #[test]
+    fn what_looks_secret_is_masked_for_all_but_admins() {
+        let (admin, other) = (shown(&remote(), true), shown(&remote(), false));
+        assert_eq!(admin["headers"]["Authorization"], "Bearer x");
+        assert_eq!(
+            other["headers"],
+            json!({
+                "Authorization": MASK, "X-Api-Key": MASK, "X-Custom-Header": "v", "X-Monkey": "m",
+            })
+        );
+        assert_eq!((&admin["url"], &admin["name"]), (&other["url"], &other["name"]));
+
+        let transport =
+            json!({"transportType": "stdio", "command": "node", "env": {"A": "b", "GITHUB_PAT": "x"}});
+        let mut stdio = plain(ServerName::from_stored("stdio"), serde_json::from_value(transport).unwrap());
+        stdio.extra.insert("headers".to_owned(), json!({"Cookie": "x"}));
+        assert_eq!(shown(&stdio, true)["env"]["GITHUB_PAT"], "x");
+        let other = shown(&stdio, false);
+        assert_eq!(
+            (&other["env"], &other["headers"]),
+            (&json!({"A": "b", "GITHUB_PAT": MASK}), &json!({"Cookie": MASK}))
+        );
+    }
+
+    #[test]
+    fn names_that_look_secret() {
+        for name in [
+            "TOKEN",
+            "GH_TOKEN",
+            "github-token",
+            "AccessToken",
+            "DB_PASSWORD",
+            "PASSWD",
+            "API_KEY",
+            "apiKey",
+            "X-API-Key",
+            "OPENAI_KEY",
+            "Authorization",
+            "Proxy-Authorization",
+            "X-Auth",
+            "AWS_SECRET_ACCESS_KEY",
+            "Cookie",
+            "Set-Cookie",
+            "SENTRY_DSN",
+            "X-Session-Id",
+            "CLIENT_CREDENTIALS",
+        ] {
+            assert!(looks_secret(name), "{name}");
+        }
+        for name in ["NODE_ENV", "X-Custom-Header", "PATH", "AUTHOR", "KEYBOARD", "MONKEY", "PATTERN", "LANG"]
+        {
+            assert!(!looks_secret(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn credentials_are_shown_to_nobody() {
+        for admin in [true, false] {
+            let shown = shown(&remote(), admin);
+            assert!(!shown.to_string().contains("canary"), "{shown}");
+            assert_eq!(shown["oauthClient"], json!({"clientId": "id", "scopes": ["a"]}));
+        }
+    }
 }

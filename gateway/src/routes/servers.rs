@@ -1,24 +1,30 @@
 //! `/mcp/servers`.
 
-use std::sync::Arc;
+use std::{collections::BTreeSet, sync::Arc};
 
 use axum::{body::Body, extract::State, response::Response};
 use http::{HeaderMap, StatusCode};
 use mcp_shared::{
     error::{ErrorCode, WorkerError, shorten},
     ids::{ServerName, UserId},
-    server::ServerRecord,
+    limits,
+    remote::{RemoteAsk, Session},
+    server::{ServerRecord, Transport},
     store::{Fact, StoreError, UNINSTALLED},
+    timestamp::Timestamp,
     vault::{Vault, VaultError},
     worker_api::{Change, ServerReport},
 };
+use secrecy::SecretString;
 use serde_json::json;
+use tokio::time::timeout;
 
 use crate::{
     app::{App, Server, user},
-    body::Fields,
+    body::{Field, Fields},
     problem::{Problem, json_bytes, json_response},
     routes::{
+        remote_input::session_id,
         server_input::{new_record, updated_record},
         server_view::{Detail, document, view},
     },
@@ -35,7 +41,7 @@ pub async fn list(State(app): State<Arc<App>>) -> Result<Response, Problem> {
     let reports = app.reports().await?;
     let views = servers
         .iter()
-        .map(|server| view(&server.value, reports.get(&server.value.name), Detail::Summary))
+        .map(|server| view(&server.value, reports.get(&server.value.name), Detail::Summary, app.viewer()))
         .collect::<Result<Vec<_>, _>>()?;
     Ok(json_bytes(StatusCode::OK, document("servers", &views)?))
 }
@@ -52,7 +58,8 @@ pub async fn add(State(app): State<Arc<App>>, headers: HeaderMap, body: Body) ->
     let body = app.body(&headers, body).await?;
     let fields = Fields::parse(&body)?;
     let user = user(&fields)?;
-    let record = new_record(&fields)?;
+    let record = new_record(&fields, &app.egress)?;
+    let session = session_id(&fields)?;
     not_builtin(&record.name)?;
     let (vault, new) = (app.vault.clone(), record.clone());
     let change = Change::Server { server: record.name.clone() };
@@ -63,6 +70,7 @@ pub async fn add(State(app): State<Arc<App>>, headers: HeaderMap, body: Body) ->
         }
         Err(error) => return Err(error.into()),
     }
+    app.keep_session(&record.name, &user, session).await?;
     let report = app.running(&record, &user).await?;
     app.answer(&record, report, Detail::Summary).await
 }
@@ -78,8 +86,9 @@ pub async fn update(
     let body = app.body(&headers, body).await?;
     let fields = Fields::parse(&body)?;
     let user = user(&fields)?;
+    let session = session_id(&fields)?;
     let missing = || absent(&name);
-    app.change(&name, &user, missing, |record| updated_record(record, &fields)).await
+    app.change(&name, &user, missing, session, |record| updated_record(record, &fields, &app.egress)).await
 }
 
 /// `PUT /mcp/servers/:name/enable`.
@@ -107,10 +116,10 @@ pub async fn delete_impact(State(app): State<Arc<App>>, Server(name): Server) ->
     let server = app.vault.server(&name).await?.ok_or_else(|| WorkerError::server_not_found(&name))?;
     let record = server.value;
     let report = app.worker.report(&name).await?;
-    let mut users: Vec<_> =
-        report.instances.iter().filter_map(|instance| instance.username.as_ref()).collect();
-    users.sort();
-    users.dedup();
+    let mut users: BTreeSet<_> =
+        report.instances.into_iter().filter_map(|instance| instance.username).collect();
+    users.extend(app.vault.sessions_of(&name).await?.into_iter().map(|session| session.value.user));
+    let with_tokens = app.vault.users_with_tokens(&name).await?;
     let transport = serde_json::to_value(&record.transport).map_err(WorkerError::internal)?;
     Ok(json_response(
         StatusCode::OK,
@@ -121,10 +130,10 @@ pub async fn delete_impact(State(app): State<Arc<App>>, Server(name): Server) ->
                 "source": record.source,
                 "authMode": record.auth_mode,
                 "transportType": transport["transportType"],
-                // This version has no servers that users install or log in to.
+                // This version has no servers that users install.
                 "installedUsers": 0,
-                "connectedAuthUsers": 0,
-                "oauthTokenUsers": 0,
+                "connectedAuthUsers": with_tokens,
+                "oauthTokenUsers": with_tokens,
                 "usersWithSavedSecrets": app.vault.users_with_secrets(&name).await?,
                 "activeSessionUsers": users.len(),
             },
@@ -135,9 +144,62 @@ pub async fn delete_impact(State(app): State<Arc<App>>, Server(name): Server) ->
 impl App {
     /// Removes a server and the package that it runs; says whether there was one of the two.
     pub async fn remove(&self, name: &ServerName) -> Result<bool, Problem> {
+        self.say_farewell(name).await;
         let (vault, of) = (self.vault.clone(), name.clone());
         let change = Change::Server { server: name.clone() };
         Ok(self.commit(change, async move { removed(&vault, &of).await }).await??)
+    }
+
+    /// Lets a remote server know that its sessions are over, while it is still known which they are. What
+    /// does not succeed in a few seconds is left to the remote server, which forgets them by itself.
+    async fn say_farewell(&self, name: &ServerName) {
+        match self.vault.server(name).await {
+            Ok(Some(server)) if server.value.is_remote() => {}
+            _ => return,
+        }
+        let asked = self.worker.remote(RemoteAsk::EndSessions { server: name.clone() });
+        match timeout(limits::REMOTE_FAREWELL, asked).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => tracing::warn!(%error, server = %name, "sessions were not ended"),
+            Err(_) => tracing::warn!(server = %name, "sessions were not ended in time"),
+        }
+    }
+
+    /// Stores the session of a remote server that a user brings along, or forgets the user's.
+    pub async fn keep_session(
+        &self,
+        name: &ServerName,
+        user: &UserId,
+        session: Field<SecretString>,
+    ) -> Result<(), Problem> {
+        let id = match session {
+            Field::Absent => return Ok(()),
+            Field::Null => None,
+            Field::Value(id) => Some(id),
+        };
+        let server = self.vault.server(name).await?.ok_or_else(|| WorkerError::server_not_found(name))?;
+        // A server of our own has none that could be forgotten.
+        let Transport::StreamableHttp { url, .. } = server.value.transport else { return Ok(()) };
+        let (vault, user, name) = (self.vault.clone(), user.clone(), name.clone());
+        let change = Change::Login { user: user.clone(), server: name.clone() };
+        let write = async move {
+            // Whatever stands there, also what cannot be read any more, is nothing that anybody needs.
+            vault.delete_session(&user, &name, None).await?;
+            let Some(id) = id else { return Ok(()) };
+            let updated_at = Timestamp::now();
+            let session = Session { user, server: name, url, id, protocol_version: None, updated_at };
+            for _ in 1..ATTEMPTS {
+                match vault.put_session(&session, None).await {
+                    // A connection of the same user stored its own meanwhile.
+                    Err(VaultError::Store(StoreError::AlreadyExists { .. })) => {
+                        vault.delete_session(&session.user, &session.server, None).await?;
+                    }
+                    written => return written.map(drop),
+                }
+            }
+            vault.put_session(&session, None).await.map(drop)
+        };
+        Ok(self.commit(change, write).await??)
     }
 
     /// Refuses a name that a server has already, also in other case.
@@ -154,7 +216,7 @@ impl App {
     pub async fn switch(&self, name: &ServerName, enabled: bool) -> Result<Response, Problem> {
         not_builtin(name)?;
         let missing = || WorkerError::server_not_found(name);
-        self.change(name, &UserId::default(), missing, |record| {
+        self.change(name, &UserId::default(), missing, Field::Absent, |record| {
             let mut next = record.clone();
             next.enabled = enabled;
             Ok(next)
@@ -169,6 +231,7 @@ impl App {
         name: &ServerName,
         user: &UserId,
         missing: impl Fn() -> WorkerError,
+        session: Field<SecretString>,
         change: impl Fn(&ServerRecord) -> Result<ServerRecord, Problem>,
     ) -> Result<Response, Problem> {
         for _ in 0..ATTEMPTS {
@@ -192,6 +255,7 @@ impl App {
                 self.worker.announce(Change::Server { server: name.clone() }).await?;
                 switch_package(&self.vault, &next).await;
             }
+            self.keep_session(name, user, session).await?;
             let report = self.running(&next, user).await?;
             return self.answer(&next, report, Detail::Full).await;
         }
@@ -233,7 +297,10 @@ impl App {
             Some(report) => Some(report),
             None => self.worker.report(&record.name).await.ok(),
         };
-        Ok(json_bytes(StatusCode::OK, document("server", &view(record, report.as_ref(), detail)?)?))
+        Ok(json_bytes(
+            StatusCode::OK,
+            document("server", &view(record, report.as_ref(), detail, self.viewer())?)?,
+        ))
     }
 }
 

@@ -26,6 +26,8 @@ mod packages_input;
 mod processes;
 #[path = "../it/real_servers.rs"]
 mod real_servers;
+#[path = "../it/remote_input.rs"]
+mod remote_input;
 #[path = "../it/secrets.rs"]
 mod secrets;
 #[path = "../it/smoke.rs"]

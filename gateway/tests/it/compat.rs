@@ -47,7 +47,8 @@ async fn every_recorded_exchange_is_answered_alike_or_differs_as_the_table_says(
     let mut table = Table::read();
     let mut wrong = Vec::new();
     let registry = registry();
-    let api = from(&registry).start().await;
+    // The recorded program refuses the addresses of its own machine, as ours does unless it is told.
+    let api = from(&registry).env("EGRESS_ALLOW", "").start().await;
     for (file, recording) in recordings() {
         prepare(&api, &recording.name).await;
         let answer = send(&api, &recording.request).await;

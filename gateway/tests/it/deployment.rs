@@ -153,6 +153,8 @@ impl Builder {
             .env("LOG_FORMAT", "json")
             // No test may depend on a registry that it did not start.
             .env("INSTALL_ON_START", "none")
+            // What tests reach listens on this machine, and nothing else may be reached.
+            .env("EGRESS_ALLOW", "127.0.0.0/8,::1,localhost")
             .stdin(Stdio::null());
         if crate::CLUSTER {
             command
@@ -323,6 +325,8 @@ impl Deployment {
 
     /// A program with settings of the test's own.
     pub fn builder() -> Builder {
+        // For the clients of all tests: they have TLS, and nobody else says with which cryptography.
+        mcp_shared::tls::install_provider();
         Builder { data: Data::new(), env: BTreeMap::new(), gateways: 2, workers: 2 }
     }
 

@@ -17,6 +17,7 @@ mod packages;
 mod packages_input;
 mod processes;
 mod real_servers;
+mod remote_input;
 mod secrets;
 mod settings;
 mod settings_cluster;

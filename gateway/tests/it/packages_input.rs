@@ -131,30 +131,12 @@ async fn bad_requests_for_an_installation_are_refused_and_leave_nothing() {
             "pipIndexUrl must be an https",
         ),
         (python(json!({"pipIndexUrl": "https://u:p@x.example"})), "invalid_request", "without user name"),
-        (python(json!({"pipIndexUrl": "https://169.254.169.254/"})), "invalid_request", "pipIndexUrl"),
+        (python(json!({"pipIndexUrl": "https://169.254.169.254/"})), "blocked_address", "169.254.169.254"),
         (python(json!({"pipExtraIndexUrl": "file:///etc"})), "invalid_request", "pipExtraIndexUrl must be"),
         (python(json!({"pipExtraIndexUrl": ["x"]})), "invalid_request", "pipExtraIndexUrl must be a string"),
     ] {
         let answer = api.post("/packages/install", &body).await.fails(400, code);
         says(&answer, words);
-    }
-    for url in ["ftp://x", "x", "https://", "https://u:p@x.example/", "file:///etc/passwd", "https://a b/"] {
-        let body = body(json!({"transportType": "streamable_http", "url": url}));
-        api.post("/packages/install", &body).await.fails(400, "invalid_request");
-    }
-    for (field, value) in [
-        ("headers", json!({"A\nB": "x"})),
-        ("headers", json!({"A": "x\r\ny"})),
-        ("headers", json!(["A"])),
-        ("sessionId", json!("a b")),
-        ("sessionId", json!("x".repeat(2_000))),
-        ("reconnectionOptions", json!(7)),
-    ] {
-        let body = body(json!({
-            "transportType": "streamable_http", "url": "https://x.example/mcp", field: value,
-        }));
-        let answer = api.post("/packages/install", &body).await.fails(400, "invalid_request");
-        says(&answer, field);
     }
     api.post("/packages/install", &body(json!({"serverName": "WebTools"})))
         .await
