@@ -182,14 +182,14 @@ impl Server {
             session.tell(message, &request.body);
             return answer::empty(out, 202);
         };
-        let is_call = message["method"] == "tools/call";
+        let (is_call, drops) = (message["method"] == "tools/call", self.drops());
         if is_call {
             self.executed(message);
         }
         let (stream, _) = session.request(message, &request.body, id);
         let headers: Vec<(&str, &str)> =
             headers.iter().map(|(name, value)| (*name, value.as_str())).collect();
-        let end = self.answer(out, &stream, &headers, is_call, false);
+        let end = self.answer(out, &stream, &headers, is_call, false, drops);
         self.note_end(end, request, message)
     }
 
@@ -204,12 +204,12 @@ impl Server {
             self.modern.tell(message, &request.body);
             return answer::empty(out, 202);
         };
-        let is_call = message["method"] == "tools/call";
+        let (is_call, drops) = (message["method"] == "tools/call", self.drops());
         if is_call {
             self.executed(message);
         }
         let (stream, number) = self.modern.request(message, &request.body, id);
-        let end = self.answer(out, &stream, &[], is_call, true);
+        let end = self.answer(out, &stream, &[], is_call, true, drops);
         if end == End::Gone {
             // Here that is how requests are cancelled.
             self.modern.cancel(number);
@@ -244,7 +244,7 @@ impl Server {
         };
         let main = Arc::ptr_eq(&stream, &session.main);
         let end = match answer::begin_stream(out, &[]) {
-            Ok(()) => self.follow(out, &stream, from, self.options.resumable),
+            Ok(()) => self.follow(out, &stream, from, self.options.resumable, self.drops()),
             Err(_) => End::Gone,
         };
         if main {
@@ -271,7 +271,7 @@ impl Server {
         self.sessions().insert(id.clone(), Arc::clone(&session));
         let first = format!("event: endpoint\ndata: /messages?sessionId={id}\n\n");
         if answer::begin_stream(out, &[]).and_then(|()| answer::chunk(out, first.as_bytes())).is_ok() {
-            self.follow(out, &session.main, 0, false);
+            self.follow(out, &session.main, 0, false, self.drops());
         }
         self.sessions().remove(&id);
         session.end();
