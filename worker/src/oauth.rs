@@ -6,6 +6,8 @@ mod discovery;
 mod http;
 mod login;
 mod refresh;
+#[cfg(test)]
+mod tests;
 
 use std::{
     collections::HashMap,
@@ -16,12 +18,14 @@ use std::{
 use mcp_shared::{
     error::{ErrorCode, Outcome, WorkerError},
     ids::{ServerName, UserId, WorkerId},
+    limits,
     remote::{RemoteAnswer, RemoteAsk},
     server::{ServerRecord, Transport},
     store::Revision,
     vault::Vault,
 };
 use secrecy::{ExposeSecret, SecretString};
+use tokio::time::Instant;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use self::{
@@ -58,6 +62,10 @@ struct Inner {
     /// Runs what must not end with its caller.
     tasks: TaskTracker,
     stopping: CancellationToken,
+    /// After how long without a change another worker's claim is void.
+    takeover: Duration,
+    /// When logins that nobody finished were looked for.
+    swept: Mutex<Option<Instant>>,
 }
 
 impl OAuth {
@@ -71,7 +79,8 @@ impl OAuth {
         stopping: CancellationToken,
     ) -> Self {
         let (cache, flights) = (Cache::new(), Mutex::default());
-        Self(Arc::new(Inner { vault, http, worker, cache, flights, tasks, stopping }))
+        let (takeover, swept) = (limits::OAUTH_REFRESH_TAKEOVER, Mutex::default());
+        Self(Arc::new(Inner { vault, http, worker, cache, flights, tasks, stopping, takeover, swept }))
     }
 
     /// The access token for requests of a user, refreshed first if it is about to end; `None`: the user has
@@ -130,6 +139,23 @@ impl OAuth {
             return Err(error);
         }
         self.0.renewed(&key, record, &tokens).await.map(|tokens| tokens.bearer())
+    }
+
+    /// Takes in that a token which was given out in place of a refused one was refused as well: nobody here
+    /// refreshes it for a while. Otherwise every call would, for nothing.
+    pub fn spurned(
+        &self,
+        user: &UserId,
+        record: &ServerRecord,
+        refused: Option<&Bearer>,
+        error: &WorkerError,
+    ) {
+        let tokens = self.0.cache.get(&(user.clone(), record.name.clone())).flatten();
+        if let (Some(tokens), Some(refused)) = (tokens, refused)
+            && tokens.stored.value.access_token.expose_secret() == refused.token.expose_secret()
+        {
+            tokens.pause(PAUSE, error.clone());
+        }
     }
 
     /// Forgets what is remembered of a user's tokens for a server.

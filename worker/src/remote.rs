@@ -248,7 +248,10 @@ fn explain(target: &Target<'_>, refusal: Refusal) -> WorkerError {
 async fn stored_session(target: &Target<'_>) -> Option<(Session, Option<Revision>)> {
     let Transport::StreamableHttp { url, session_id, .. } = &target.record.transport else { return None };
     match target.host.vault.session(&target.user, &target.record.name).await {
-        Ok(Some(stored)) if stored.value.url == *url => Some((stored.value, Some(stored.revision))),
+        // mcp-api does not say which endpoint gave a session.
+        Ok(Some(stored)) if stored.value.url == *url || stored.value.url.is_empty() => {
+            Some((stored.value, Some(stored.revision)))
+        }
         // Records of mcp-api have one of their own.
         Ok(_) => session_id.as_ref().filter(|_| target.user == UserId::default()).map(|id| {
             let session = Session {

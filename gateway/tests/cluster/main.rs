@@ -18,6 +18,10 @@ mod edge;
 mod framing;
 #[path = "../it/lifecycle.rs"]
 mod lifecycle;
+#[path = "../it/logins.rs"]
+mod logins;
+#[path = "../it/oauth.rs"]
+mod oauth;
 #[path = "../it/packages.rs"]
 mod packages;
 #[path = "../it/packages_input.rs"]

@@ -176,6 +176,8 @@ impl Builder {
             names.extend((0..self.workers).map(|at| (Program::Worker, format!("worker-{at}"))));
         }
         let data = self.data.clone();
+        // The client of the tests speaks TLS with whatever the programs speak it with.
+        mcp_shared::tls::install_provider();
         let nodes = futures_util::future::join_all(
             names.iter().map(|(program, name)| Node::start(&self, *program, name)),
         )

@@ -13,6 +13,8 @@ mod embedded;
 mod fixture;
 mod framing;
 mod lifecycle;
+mod logins;
+mod oauth;
 mod packages;
 mod packages_input;
 mod processes;

@@ -47,6 +47,8 @@
 //! | `touch` | `path`, `text` | appends a line to a file, with one write |
 //! | `server_request` | | sends `roots/list` and `ping` to the client; answers what came back within 5 s |
 //! | `exit_when_idle` | `ms` | answers, then exits with 0 after that time |
+//! | `auth_get_authorization_url` | `redirect_uri`, `state` | the address of a login; not listed |
+//! | `auth_exchange_code` | `code` | tokens for a code that begins with `good`; not listed |
 //!
 //! An unknown tool is answered as the Node SDK does: a result with `isError`.
 //!

@@ -149,7 +149,12 @@ impl Found {
 
 /// What a failure of discovery or registration means to our caller. Nothing secret is part of either.
 pub fn failed(http: &Http, error: &AuthError) -> WorkerError {
-    tracing::info!(error.cause = %shorten(&error.to_string(), 300), "an authorization server cannot be used");
+    let cause = match error {
+        // It repeats what it could not read.
+        AuthError::RegistrationFailed(_) => "it does not register clients, or not us".to_owned(),
+        error => shorten(&error.to_string(), 300),
+    };
+    tracing::info!(error.cause = cause, "an authorization server cannot be used");
     if let Some(trouble) = http.trouble() {
         return trouble;
     }
@@ -158,6 +163,15 @@ pub fn failed(http: &Http, error: &AuthError) -> WorkerError {
             let blocked = authorization_servers.iter().find_map(|url| http.check(url).err());
             if let Some(blocked) = blocked {
                 return blocked;
+            }
+            // The library has a guard of its own, which knows nothing of what operators permit. It looks at
+            // addresses, and not at what names stand for.
+            let bare = |url: &String| Url::parse(url).is_ok_and(|url| url.domain().is_none());
+            if authorization_servers.iter().any(bare) {
+                return login_failed(
+                    "The authorization server cannot be used, perhaps because it is named by a private \
+                     address; a host name would do",
+                );
             }
             "The authorization server that the remote server names says nothing of itself"
         }

@@ -1,6 +1,8 @@
 //! A user's way to tokens: authorization code with PKCE. What has to be kept between its two halves is in
 //! the store, so that any worker can do the second.
 
+use std::{sync::PoisonError, time::Duration};
+
 use mcp_shared::{
     error::{ErrorCode, WorkerError},
     limits,
@@ -13,7 +15,7 @@ use mcp_shared::{
 use rmcp::transport::auth::{InMemoryStateStore, StateStore, StoredAuthorizationState};
 use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, Serialize};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use url::Url;
 
 use super::{
@@ -25,6 +27,8 @@ use super::{
 
 /// What authorization servers show to users who log in.
 const CLIENT_NAME: &str = "mcp-api";
+/// How often a worker looks for logins that nobody finished.
+const SWEEP: Duration = Duration::from_secs(60);
 
 /// What the second half of a login needs to know of the first.
 #[derive(Serialize, Deserialize)]
@@ -50,11 +54,7 @@ impl Inner {
     /// The first half: where the browser has to go.
     pub async fn begin_login(&self, begin: BeginLogin) -> Result<RemoteAnswer, WorkerError> {
         let record = self.remote(&begin.server).await?;
-        match self.vault.sweep_logins().await {
-            Ok(swept) if swept > 0 => tracing::debug!(swept, "logins that nobody finished were removed"),
-            Ok(_) => {}
-            Err(error) => tracing::debug!(error.cause = %error, "old logins could not be removed"),
-        }
+        self.sweep().await;
         let named = |error: WorkerError| {
             WorkerError { outcome: None, ..error }.with("serverName", begin.server.as_str())
         };
@@ -95,6 +95,22 @@ impl Inner {
         };
         self.vault.put_login(&login, None).await?;
         Ok(RemoteAnswer::Login { url: address.into() })
+    }
+
+    /// Removes logins that nobody finished, now and then.
+    async fn sweep(&self) {
+        {
+            let mut swept = self.swept.lock().unwrap_or_else(PoisonError::into_inner);
+            if swept.is_some_and(|swept| swept.elapsed() < SWEEP) {
+                return;
+            }
+            *swept = Some(Instant::now());
+        }
+        match self.vault.sweep_logins().await {
+            Ok(swept) if swept > 0 => tracing::debug!(swept, "logins that nobody finished were removed"),
+            Ok(_) => {}
+            Err(error) => tracing::debug!(error.cause = %error, "old logins could not be removed"),
+        }
     }
 
     /// What an authorization server knows us by: as an operator says, as it can read, as it was told before,

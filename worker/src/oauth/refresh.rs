@@ -131,7 +131,7 @@ impl Inner {
                         now
                     }
                 };
-                if since.elapsed() < limits::OAUTH_REFRESH_TAKEOVER {
+                if since.elapsed() < self.takeover {
                     tokio::select! {
                         () = sleep(WATCH) => continue,
                         () = self.stopping.cancelled() => return Err(crate::call::stopping()),

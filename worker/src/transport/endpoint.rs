@@ -93,7 +93,9 @@ impl Endpoint {
             }
             if let Some(bearer) = &bearer {
                 let mut value = HeaderValue::try_from(format!("Bearer {}", bearer.token.expose_secret()))
-                    .map_err(|_| not_sent(unusable_token(self.server())))?;
+                    .map_err(|_| {
+                        not_sent(unusable_token(self.server()).with("username", self.user.as_str()))
+                    })?;
                 value.set_sensitive(true);
                 all.insert(header::AUTHORIZATION, value);
                 self.remember(bearer);
@@ -106,7 +108,10 @@ impl Endpoint {
             if !again {
                 // A token that was given out a moment ago is refused as well.
                 let text = format!("Server {} does not accept the user's login", self.server());
-                return Err(not_sent(self.named(WorkerError::new(ErrorCode::ReauthRequired, text))));
+                let error = self.named(WorkerError::new(ErrorCode::ReauthRequired, text));
+                let error = error.with("username", self.user.as_str()).outcome(Outcome::NotStarted);
+                self.host.oauth.spurned(&self.user, &self.record, bearer.as_ref(), &error);
+                return Err(not_sent(error));
             }
             again = false;
             let challenge = response.headers().get(header::WWW_AUTHENTICATE).and_then(|v| v.to_str().ok());

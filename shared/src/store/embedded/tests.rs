@@ -8,7 +8,10 @@ use std::{
 use tempfile::TempDir;
 
 use super::{Arc, Duration, EmbeddedStore, Ordering, Stats, StoreError, limits, oneshot};
-use crate::store::{Fact, Store};
+use crate::{
+    ids::ServerName,
+    store::{Collection, Fact, Store},
+};
 
 fn open() -> (Arc<EmbeddedStore>, TempDir) {
     let dir = TempDir::new().unwrap();
@@ -196,4 +199,26 @@ async fn a_file_that_cannot_be_written_is_noticed_by_ping() {
     assert_eq!(store.fact(Fact::AppState, "key").await.unwrap(), None);
     set(false).await.unwrap();
     store.ping().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_store_of_the_last_version_is_brought_up_to_date() {
+    let (store, dir) = open();
+    let job = serde_json::json!({ "serverName": "one", "active": true });
+    store.insert_document(Collection::Jobs, job.as_object().unwrap()).await.unwrap();
+    // As it was before documents had the server beside them.
+    let older = "DROP INDEX documents_by_server; ALTER TABLE documents DROP COLUMN server; \
+                 PRAGMA user_version = 2;";
+    store.write(move |connection| Ok(connection.execute_batch(older)?)).await.unwrap();
+    store.close().await;
+    drop(store);
+
+    let store = EmbeddedStore::open(dir.path()).unwrap();
+    let one = ServerName::from_stored("one");
+    assert_eq!(store.documents_of(Collection::Jobs, &one).await.unwrap().len(), 1);
+    // A listing by server is one search, however many documents there are.
+    let plan = "EXPLAIN QUERY PLAN SELECT key FROM documents WHERE collection = 'a' AND server = 'b'";
+    let plan: String =
+        store.read(move |connection| Ok(connection.query_row(plan, [], |row| row.get(3))?)).await.unwrap();
+    assert!(plan.contains("documents_by_server"), "{plan}");
 }
