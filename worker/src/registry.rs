@@ -51,6 +51,8 @@ struct Listing {
     tools: Option<RawJson>,
     /// When they were listed here; `None`: they are what the store had.
     listed: Option<Timestamp>,
+    /// Whose they are; `None`: everybody's, or nobody has listed them here.
+    of: Option<UserId>,
 }
 
 #[derive(Default)]
@@ -69,7 +71,7 @@ impl Entry {
             name: record.name.clone(),
             record: Arc::new(RwLock::new(Arc::new(record))),
             groups: Mutex::default(),
-            listing: Mutex::new(Listing { tools, listed: None }),
+            listing: Mutex::new(Listing { tools, listed: None, of: None }),
             log: Arc::default(),
             changing: tokio::sync::Mutex::new(()),
         })
@@ -352,12 +354,13 @@ impl Entry {
     }
 
     /// Keeps a listing, so that it can be shown when nothing runs. What everybody sees is the listing
-    /// of the shared server, or of the first user's process.
+    /// of the shared server, or of the first user who is connected here, as it is now.
     fn listed(&self, user: Option<&UserId>, tools: &RawJson, host: &Arc<Host>) {
         let mut keep = Vec::new();
         {
             let mut listing = lock(&self.listing);
-            if user.is_none() || listing.tools.is_none() {
+            if user.is_none() || listing.of.is_none() || listing.of.as_ref() == user {
+                listing.of = user.cloned();
                 listing.listed = Some(Timestamp::now());
                 if listing.tools.as_ref() != Some(tools) {
                     listing.tools = Some(tools.clone());

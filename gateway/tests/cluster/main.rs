@@ -32,6 +32,12 @@ mod packages_input;
 mod processes;
 #[path = "../it/real_servers.rs"]
 mod real_servers;
+#[path = "../it/remote.rs"]
+mod remote;
+#[path = "../it/remote_faults.rs"]
+mod remote_faults;
+#[path = "../it/remote_hostile.rs"]
+mod remote_hostile;
 #[path = "../it/remote_input.rs"]
 mod remote_input;
 #[path = "../it/secrets.rs"]
@@ -45,6 +51,7 @@ mod mongodb_alone;
 mod packages_fleet;
 mod placement;
 mod reads_after_writes;
+mod remote_fleet;
 mod services;
 mod store_outage;
 

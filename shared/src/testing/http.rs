@@ -123,9 +123,11 @@ pub(super) fn respond(
     stream.write_all(&bytes)
 }
 
-/// Sends a request without a body and returns status, headers and body: what a browser, or a test without
-/// a client, does.
-pub(super) fn fetch(address: &str, request: &str) -> io::Result<(u16, Vec<(String, String)>, String)> {
+/// Status, headers and body of an answer.
+pub(super) type Fetched = (u16, Vec<(String, String)>, String);
+
+/// Sends a request on a connection of its own and reads to the end of that.
+pub(super) fn fetch(address: &str, request: &str) -> io::Result<Fetched> {
     let mut stream = TcpStream::connect(address)?;
     stream.set_read_timeout(Some(Duration::from_secs(30)))?;
     stream.write_all(request.as_bytes())?;

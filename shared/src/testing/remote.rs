@@ -25,7 +25,7 @@
 //! | `--delay-ms N` | waits for that time before every answer |
 //! | `--requests P` | writes one JSON object per request: `method`, `path`, `headers`, `rpc`, `user` |
 //! | `--executed P` | writes a line per executed call: the tool, a space, its arguments |
-//! | `--hostile MODE@METHOD` | misbehaves at requests of that JSON-RPC method, or at `GET`: [`hostile`](self) |
+//! | `--hostile MODE@METHOD` | misbehaves at requests of that JSON-RPC method, or at `GET` |
 //! | `--other URL` | where hostile redirects go |
 //!
 //! The tool `hostile` with the argument `mode` misbehaves in answer to that one call. See `hostile.rs` for
@@ -37,6 +37,7 @@
 use std::time::Duration;
 
 mod answer;
+mod guard;
 mod hostile;
 mod process;
 mod server;

@@ -198,6 +198,7 @@ impl Entry {
             let mut listing = lock(&self.listing);
             listing.tools = Some(tools);
             listing.listed = None;
+            listing.of = None;
         }
     }
 }

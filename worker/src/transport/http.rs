@@ -361,6 +361,9 @@ impl Http {
                 Err(_) => return Err(self.endpoint.lost()),
             }
         }
+        if std::str::from_utf8(&body).is_err() {
+            return Err(self.endpoint.malformed("did not answer with text"));
+        }
         self.connection.take(body.freeze(), Some(id)).await;
         if self.connection.awaits(id) {
             return Err(self.endpoint.malformed("did not answer the request that it was sent"));

@@ -86,6 +86,7 @@ impl Server {
         headers: &[(&str, &str)],
         is_call: bool,
         modern: bool,
+        drops: u64,
     ) -> End {
         // Whether it fails decides on the status.
         let first = loop {
@@ -93,6 +94,7 @@ impl Server {
                 Next::Event(event) => break event,
                 Next::Over => return End::Dropped,
                 Next::Nothing if is_gone(out) => return End::Gone,
+                Next::Nothing if self.drops() != drops => return End::Dropped,
                 // Something may come before the answer, and be read while that takes its time.
                 Next::Nothing if !modern && !self.options.json => break String::new(),
                 Next::Nothing => {}
@@ -105,7 +107,7 @@ impl Server {
             _ => 200,
         };
         if self.options.json || status != 200 {
-            return self.document(out, stream, status, headers);
+            return self.document(out, stream, status, headers, drops);
         }
         if begin_stream(out, headers).is_err() {
             return End::Gone;
@@ -123,10 +125,17 @@ impl Server {
                 _ => {}
             }
         }
-        self.follow(out, stream, 0, self.options.resumable && !modern)
+        self.follow(out, stream, 0, self.options.resumable && !modern, drops)
     }
 
-    fn document(&self, out: &mut TcpStream, stream: &Stream, status: u16, headers: &[(&str, &str)]) -> End {
+    fn document(
+        &self,
+        out: &mut TcpStream,
+        stream: &Stream,
+        status: u16,
+        headers: &[(&str, &str)],
+        drops: u64,
+    ) -> End {
         let mut at = 0;
         let mut last = String::new();
         loop {
@@ -137,14 +146,26 @@ impl Server {
                     return if json(out, status, headers, &last) { End::Over } else { End::Gone };
                 }
                 Next::Nothing if is_gone(out) => return End::Gone,
+                Next::Nothing if self.drops() != drops => return End::Dropped,
                 Next::Nothing => {}
             }
         }
     }
 
+    /// How often all streams were to end. Who looks before a call is written down as executed misses none.
+    pub(super) fn drops(&self) -> u64 {
+        self.drops.load(Ordering::Acquire)
+    }
+
     /// Writes the events of a stream from one on, as they come, until it is over.
-    pub(super) fn follow(&self, out: &mut TcpStream, stream: &Stream, from: usize, ids: bool) -> End {
-        let drops = self.drops.load(Ordering::Acquire);
+    pub(super) fn follow(
+        &self,
+        out: &mut TcpStream,
+        stream: &Stream,
+        from: usize,
+        ids: bool,
+        drops: u64,
+    ) -> End {
         let mut at = from;
         loop {
             match stream.next(at, LOOK) {
@@ -158,7 +179,7 @@ impl Server {
                 Next::Over => {
                     return if out.write_all(b"0\r\n\r\n").is_ok() { End::Over } else { End::Gone };
                 }
-                Next::Nothing if self.drops.load(Ordering::Acquire) != drops => return End::Dropped,
+                Next::Nothing if self.drops() != drops => return End::Dropped,
                 Next::Nothing if is_gone(out) => return End::Gone,
                 Next::Nothing => {}
             }

@@ -143,7 +143,7 @@ pub(super) fn misbehave(mode: &str, id: &str, server: &Server, out: &mut TcpStre
         "truncated" => {
             let head = [("content-type", "application/json"), ("content-length", "1000")];
             let _ = out.write_all(http::head(200, &head).as_bytes());
-            let _ = out.write_all(result(id, "cut")[..30].as_bytes());
+            let _ = out.write_all(&result(id, "cut").as_bytes()[..30]);
             false
         }
         "truncated_chunks" => {

@@ -4,7 +4,7 @@ use std::{
     collections::HashMap,
     convert::Infallible,
     fs,
-    io::{BufReader, Write},
+    io::{self, BufReader, Write},
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
     path::Path,
     sync::{
@@ -17,7 +17,6 @@ use std::{
 use base64::{Engine, engine::general_purpose};
 use serde::Deserialize;
 use serde_json::{Map, Value, json, value::RawValue};
-use url::Url;
 use uuid::Uuid;
 
 use super::{
@@ -65,7 +64,8 @@ pub(super) fn serve(options: Options) -> Result<Infallible, String> {
     let (sessions, drops) = (Mutex::default(), AtomicU64::new(0));
     let server = Arc::new(Server { options, address, sessions, modern, drops });
     server.restore();
-    println!("listening on {}", address.port());
+    // Whoever started it and does not read this does not want to know.
+    let _ = writeln!(io::stdout(), "listening on {}", address.port());
     loop {
         let Ok((stream, _)) = listener.accept() else { continue };
         let server = Arc::clone(&server);
@@ -182,14 +182,14 @@ impl Server {
             session.tell(message, &request.body);
             return answer::empty(out, 202);
         };
-        let is_call = message["method"] == "tools/call";
+        let (is_call, drops) = (message["method"] == "tools/call", self.drops());
         if is_call {
             self.executed(message);
         }
         let (stream, _) = session.request(message, &request.body, id);
         let headers: Vec<(&str, &str)> =
             headers.iter().map(|(name, value)| (*name, value.as_str())).collect();
-        let end = self.answer(out, &stream, &headers, is_call, false);
+        let end = self.answer(out, &stream, &headers, is_call, false, drops);
         self.note_end(end, request, message)
     }
 
@@ -204,12 +204,12 @@ impl Server {
             self.modern.tell(message, &request.body);
             return answer::empty(out, 202);
         };
-        let is_call = message["method"] == "tools/call";
+        let (is_call, drops) = (message["method"] == "tools/call", self.drops());
         if is_call {
             self.executed(message);
         }
         let (stream, number) = self.modern.request(message, &request.body, id);
-        let end = self.answer(out, &stream, &[], is_call, true);
+        let end = self.answer(out, &stream, &[], is_call, true, drops);
         if end == End::Gone {
             // Here that is how requests are cancelled.
             self.modern.cancel(number);
@@ -244,7 +244,7 @@ impl Server {
         };
         let main = Arc::ptr_eq(&stream, &session.main);
         let end = match answer::begin_stream(out, &[]) {
-            Ok(()) => self.follow(out, &stream, from, self.options.resumable),
+            Ok(()) => self.follow(out, &stream, from, self.options.resumable, self.drops()),
             Err(_) => End::Gone,
         };
         if main {
@@ -271,7 +271,7 @@ impl Server {
         self.sessions().insert(id.clone(), Arc::clone(&session));
         let first = format!("event: endpoint\ndata: /messages?sessionId={id}\n\n");
         if answer::begin_stream(out, &[]).and_then(|()| answer::chunk(out, first.as_bytes())).is_ok() {
-            self.follow(out, &session.main, 0, false);
+            self.follow(out, &session.main, 0, false, self.drops());
         }
         self.sessions().remove(&id);
         session.end();
@@ -319,70 +319,6 @@ impl Server {
         request.header("mcp-protocol-version") == Some(MODERN)
             || message["method"] == "server/discover"
             || message.pointer("/params/_meta/io.modelcontextprotocol~1protocolVersion").is_some()
-    }
-
-    /// Whose token a request has; otherwise the status that it gets.
-    fn user(&self, request: &Request) -> Result<Option<String>, u16> {
-        let Some(issuer) = &self.options.auth else { return Ok(None) };
-        let token = request.header("authorization").and_then(|value| value.strip_prefix("Bearer "));
-        let token = token.ok_or(401_u16)?;
-        let url = Url::parse(issuer).expect("--auth is a URL");
-        let address = url.socket_addrs(|| None).expect("--auth names an address")[0];
-        let body = url::form_urlencoded::Serializer::new(String::new()).append_pair("token", token).finish();
-        let path = format!("{}/introspect", url.path().trim_end_matches('/'));
-        let kind = "application/x-www-form-urlencoded";
-        let text = format!(
-            "POST {path} HTTP/1.1\r\nhost: {address}\r\ncontent-type: {kind}\r\ncontent-length: {}\r\n\r\n{body}",
-            body.len()
-        );
-        let (_, _, body) = http::fetch(&address.to_string(), &text).map_err(|_| 503_u16)?;
-        let known: Value = serde_json::from_str(&body).unwrap_or_default();
-        let resource = self.options.resource.clone().unwrap_or_else(|| self.endpoint());
-        let ours = known["aud"].as_str().is_none_or(|audience| audience == resource);
-        if known["active"] != true || !ours {
-            return Err(401);
-        }
-        let scopes = known["scope"].as_str().unwrap_or_default();
-        match &self.options.scope {
-            Some(scope) if !scopes.split(' ').any(|one| one == scope) => Err(403),
-            _ => Ok(known["sub"].as_str().map(str::to_owned)),
-        }
-    }
-
-    fn challenge(&self, status: u16, out: &mut TcpStream) -> bool {
-        let mut challenge = match status {
-            403 => r#"Bearer error="insufficient_scope""#.to_owned(),
-            _ => r#"Bearer error="invalid_token""#.to_owned(),
-        };
-        if let Some(scope) = &self.options.scope {
-            challenge += &format!(r#", scope="{scope}""#);
-        }
-        if !self.options.bare_challenge {
-            let path = if self.options.metadata_at == "root" { "" } else { "/mcp" };
-            let at = format!("http://{}/.well-known/oauth-protected-resource{path}", self.address);
-            challenge += &format!(r#", resource_metadata="{at}""#);
-        }
-        answer::json(out, status, &[("www-authenticate", &challenge)], r#"{"error":"unauthorized"}"#)
-    }
-
-    fn metadata(&self, at: &str, out: &mut TcpStream) -> bool {
-        let here = match self.options.metadata_at.as_str() {
-            "root" => at.is_empty(),
-            "path" => at == "/mcp",
-            _ => false,
-        };
-        match &self.options.auth {
-            Some(issuer) if here => {
-                let resource = self.options.resource.clone().unwrap_or_else(|| self.endpoint());
-                let mut document = json!({"resource": resource, "authorization_servers": [issuer],
-                    "bearer_methods_supported": ["header"]});
-                if let Some(scope) = &self.options.scope {
-                    document["scopes_supported"] = json!([scope]);
-                }
-                answer::json(out, 200, &[], &document.to_string())
-            }
-            _ => answer::empty(out, 404),
-        }
     }
 
     fn control(&self, what: &str, out: &mut TcpStream) -> bool {
