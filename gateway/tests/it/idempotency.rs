@@ -69,7 +69,7 @@ async fn of_many_at_once_one_is_done() {
     let answers = join_all((0..50).map(|_| call(&api, "same", "touch", args.clone()))).await;
     let mut done = 0;
     for answer in answers {
-        match answer.status.as_u16() {
+        match answer.status {
             200 => done += 1,
             _ => {
                 assert!(answer.headers.contains_key("retry-after"));

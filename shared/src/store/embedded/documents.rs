@@ -8,6 +8,7 @@ use super::executor::Failure;
 use crate::{
     ids::ServerName,
     store::{ACTIVE, Collection, Document, Revision, SERVER, StoreError, Versioned},
+    timestamp::Timestamp,
 };
 
 /// A row before its document is understood. The text is taken as bytes: one that is not UTF-8 must not
