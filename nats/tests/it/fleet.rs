@@ -39,6 +39,7 @@ async fn calls_come_through_with_arguments_answers_progress_and_errors() {
     let end = loop {
         match timeout(LONG, stream.next()).await.unwrap().expect("an end comes") {
             CallEvent::Progress(params) => steps.push(params.read::<Value>().unwrap()["progress"].clone()),
+            CallEvent::Replayed => panic!("nobody named the call"),
             CallEvent::Done(end) => break end,
         }
     };
