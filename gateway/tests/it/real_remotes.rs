@@ -106,10 +106,10 @@ async fn everything(transport: &'static str, path: &str) {
     };
     echo(&api, "default", "ä \u{1f600}").await;
     echo(&api, "alice", "hers").await;
-    let names: Value = api.server("real").await["toolsList"].clone();
-    let long = names.as_array().unwrap().iter().filter_map(|tool| tool["name"].as_str());
-    let long = long.filter(|name| name.contains("long-running")).last().unwrap().to_owned();
-    reports(&api, &long, json!({"duration": 1, "steps": 4}), 4).await;
+    let listed = api.server("real").await;
+    let mut names = listed["toolsList"].as_array().unwrap().iter().filter_map(|tool| tool["name"].as_str());
+    let long = names.find(|name| name.contains("long-running")).unwrap();
+    reports(&api, long, json!({"duration": 1, "steps": 4}), 4).await;
 
     // The remote is started again: it knows no session any more.
     served.restart().await;
