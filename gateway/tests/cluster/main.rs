@@ -30,6 +30,8 @@ mod packages;
 mod packages_input;
 #[path = "../it/processes.rs"]
 mod processes;
+#[path = "../it/real_remotes.rs"]
+mod real_remotes;
 #[path = "../it/real_servers.rs"]
 mod real_servers;
 #[path = "../it/remote.rs"]

@@ -19,6 +19,7 @@ mod oauth;
 mod packages;
 mod packages_input;
 mod processes;
+mod real_remotes;
 mod real_servers;
 mod remote;
 mod remote_faults;

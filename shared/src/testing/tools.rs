@@ -33,6 +33,10 @@ pub const SERVER_EVERYTHING_VERSION: &str = "2026.8.31";
 pub const SERVER_TIME: &str = "mcp-server-time";
 /// The version of [`SERVER_TIME`] that tests run.
 pub const SERVER_TIME_VERSION: &str = "2026.10.19";
+/// The library that most Python servers are made with.
+pub const FASTMCP: &str = "fastmcp";
+/// The version of [`FASTMCP`] that tests run.
+pub const FASTMCP_VERSION: &str = "4.1.2";
 
 /// The version of uv that tests install Python packages with.
 pub const UV_VERSION: &str = "0.13.9";
@@ -102,6 +106,22 @@ pub fn server_time() -> RealServer {
         command: text(&venv_python(&home)),
         args: vec!["-m".to_owned(), "mcp_server_time".to_owned()],
         version: SERVER_TIME_VERSION,
+    }
+}
+
+/// A server made with [`FASTMCP`], to be served over HTTP at the port in `PORT`. Its tools are `echo(text)`,
+/// `steps(count)`, which reports progress, and `total(n)`, which adds up in the process. The transport is
+/// its argument: `http`, at `/mcp`, or `sse`, at `/sse`.
+///
+/// # Panics
+///
+/// Says what to install when it cannot be obtained.
+pub fn fastmcp_server() -> RealServer {
+    let home = python_package(FASTMCP, FASTMCP_VERSION);
+    RealServer {
+        command: text(&venv_python(&home)),
+        args: vec!["-c".to_owned(), include_str!("tools/fastmcp.py.txt").to_owned()],
+        version: FASTMCP_VERSION,
     }
 }
 
