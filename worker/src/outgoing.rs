@@ -86,20 +86,10 @@ impl Outgoing {
 }
 
 fn classify(error: reqwest::Error) -> SendError {
-    let mut source: Option<&(dyn Error + 'static)> = Some(&error);
-    let mut tls = false;
-    while let Some(one) = source {
-        if let Some(refused) = one.downcast_ref::<EgressError>() {
-            return SendError::Egress(refused.clone());
-        }
-        tls |= one.is::<rustls::Error>()
-            // rustls' errors travel inside of those of the operating system's kind.
-            || one
-                .downcast_ref::<std::io::Error>()
-                .and_then(|io| io.get_ref())
-                .is_some_and(|inner| inner.is::<rustls::Error>());
-        source = one.source();
+    if let Some(refused) = cause::<EgressError>(&error) {
+        return SendError::Egress(refused.clone());
     }
+    let tls = cause::<rustls::Error>(&error).is_some();
     match error {
         error if error.is_connect() && tls => SendError::Tls(error.without_url().into()),
         error if error.is_connect() || error.is_builder() => {
@@ -107,6 +97,23 @@ fn classify(error: reqwest::Error) -> SendError {
         }
         error => SendError::Lost(error.without_url().into()),
     }
+}
+
+/// The cause of a certain kind, also where it travels inside of errors of the operating system's kind, which
+/// do not name what they hold as their source.
+fn cause<'a, E: Error + 'static>(error: &'a (dyn Error + 'static)) -> Option<&'a E> {
+    let mut next = Some(error);
+    while let Some(one) = next {
+        if let Some(found) = one.downcast_ref::<E>() {
+            return Some(found);
+        }
+        let held = one.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
+        next = match held {
+            Some(held) => Some(held),
+            None => one.source(),
+        };
+    }
+    None
 }
 
 /// An error with its causes, for the log.

@@ -42,6 +42,8 @@ mod remote_faults;
 mod remote_hostile;
 #[path = "../it/remote_input.rs"]
 mod remote_input;
+#[path = "../it/remote_tls.rs"]
+mod remote_tls;
 #[path = "../it/secrets.rs"]
 mod secrets;
 #[path = "../it/smoke.rs"]

@@ -25,6 +25,7 @@ mod remote;
 mod remote_faults;
 mod remote_hostile;
 mod remote_input;
+mod remote_tls;
 mod secrets;
 mod settings;
 mod settings_cluster;
