@@ -230,6 +230,9 @@ pub struct Reconnection {
     pub max_retries: u32,
 }
 
+/// Without any pause, a server that ends its streams at once could have us ask it as fast as both can.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(50);
+
 impl Default for Reconnection {
     fn default() -> Self {
         Self {
@@ -261,11 +264,11 @@ impl Reconnection {
         }
     }
 
-    /// The pause before an attempt, counted from 0.
+    /// The pause before an attempt, counted from 0. There always is one.
     pub fn pause(&self, attempt: u32) -> Duration {
         let factor = self.growth.powi(i32::try_from(attempt.min(64)).unwrap_or(64));
         let pause = self.initial_delay.as_secs_f64() * factor;
-        Duration::from_secs_f64(pause.min(self.max_delay.as_secs_f64()))
+        Duration::from_secs_f64(pause.min(self.max_delay.as_secs_f64())).max(SHORTEST_PAUSE)
     }
 }
 

@@ -187,6 +187,13 @@ impl Endpoint {
         refusal(self.named(error), None)
     }
 
+    /// So much came that whatever is still to come is not waited for.
+    pub fn too_much(&self) -> Failure {
+        let text = format!("Server {} sent more than an answer may have", self.server());
+        let error = WorkerError::new(ErrorCode::ResultTooLarge, text).outcome(Outcome::Unknown);
+        refusal(self.named(error), None)
+    }
+
     /// An answer came that is none.
     pub fn malformed(&self, what: &str) -> Failure {
         let text = format!("Server {} {what}", self.server());

@@ -18,6 +18,8 @@ use tokio::time::{Instant, timeout};
 
 /// Bytes of one event.
 const EVENT_BYTES: usize = limits::LINE_BYTES;
+/// The shortest pause before a stream is taken up again.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(50);
 
 /// Why a stream has no next event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -135,9 +137,10 @@ impl Events {
     }
 }
 
-/// A pause that the other side asks for before the stream is taken up again, within reason.
+/// A pause that the other side asks for before the stream is taken up again, within reason: without any, a
+/// server could have us ask it as fast as both can.
 pub fn asked_pause(event: &Sse) -> Option<Duration> {
-    event.retry.map(|millis| Duration::from_millis(millis).min(Duration::from_secs(60)))
+    event.retry.map(|millis| Duration::from_millis(millis).clamp(SHORTEST_PAUSE, Duration::from_secs(60)))
 }
 
 #[cfg(test)]
@@ -154,13 +157,13 @@ mod tests {
     #[tokio::test]
     async fn events_come_whole_however_they_are_cut() {
         let mut events =
-            events(&["id: 1\r\nda", "ta: {\"a\"", ":1}\r\n\r\n: ping\n\nretry: 5\ndata: x\n\n"], 1_000);
+            events(&["id: 1\r\nda", "ta: {\"a\"", ":1}\r\n\r\n: ping\n\nretry: 500\ndata: x\n\n"], 1_000);
         let first = events.next().await.unwrap();
         assert_eq!((first.id.as_deref(), first.data.as_deref()), (Some("1"), Some("{\"a\":1}")));
         let second = events.next().await.unwrap();
         assert_eq!(
             (second.data.as_deref(), asked_pause(&second)),
-            (Some("x"), Some(Duration::from_millis(5)))
+            (Some("x"), Some(Duration::from_millis(500)))
         );
         assert_eq!(events.next().await.err(), Some(Broken::Ended));
     }

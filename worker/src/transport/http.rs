@@ -175,7 +175,7 @@ impl Http {
         let mut attempt = 0;
         loop {
             let mut asked = None;
-            match self.stream(last.as_ref()).await {
+            match self.stream(last.as_ref(), usize::MAX).await {
                 Ok(mut events) => {
                     while let Ok(event) = events.next().await {
                         attempt = 0;
@@ -204,7 +204,7 @@ impl Http {
     }
 
     /// Opens a stream of what the server says by itself, or of the rest of an answer.
-    async fn stream(&self, last: Option<&HeaderValue>) -> Result<Events, Failure> {
+    async fn stream(&self, last: Option<&HeaderValue>, most: usize) -> Result<Events, Failure> {
         let mut headers = self.headers();
         headers.insert(header::ACCEPT, HeaderValue::from_static("text/event-stream"));
         if let Some(last) = last {
@@ -212,7 +212,7 @@ impl Http {
         }
         let response = self.endpoint.send(Method::GET, &self.endpoint.url, &headers, None).await?;
         match response.status() {
-            StatusCode::OK if is_type(&response, "text/event-stream") => Ok(Events::of(response, usize::MAX)),
+            StatusCode::OK if is_type(&response, "text/event-stream") => Ok(Events::of(response, most)),
             StatusCode::NOT_FOUND if self.session().is_some() => Err(Failure::SessionLost),
             StatusCode::OK => Err(self.endpoint.malformed("answered with something else than a stream")),
             _ => Err(self.endpoint.refused(&response)),
@@ -394,7 +394,7 @@ impl Http {
                 }
             };
             match broken {
-                Broken::TooLarge => return Err(Failure::TooLarge),
+                Broken::TooLarge => return Err(self.endpoint.too_much()),
                 Broken::Malformed => {
                     return Err(self.endpoint.malformed("sent a stream that cannot be read"));
                 }
@@ -420,7 +420,7 @@ impl Http {
             }
             sleep(asked.unwrap_or_else(|| reconnection.pause(*attempt))).await;
             *attempt += 1;
-            match self.stream(Some(last)).await {
+            match self.stream(Some(last), limits::REMOTE_ANSWER_BYTES).await {
                 Ok(events) => return Ok(events),
                 // The request was taken; who lost the session lost the answer with it.
                 Err(Failure::SessionLost) => return Err(self.endpoint.lost()),
