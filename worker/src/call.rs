@@ -69,7 +69,9 @@ impl Call {
     pub async fn run(self, go: Go) -> Result<RawJson, WorkerError> {
         let Some(name) = &self.offer.idempotency else { return self.run_now(go).await };
         let begun = tokio::select! {
-            begun = timeout_at(self.deadline, idempotency::begin(&self.host, &self.user, name)) => begun,
+            // A name that was taken is looked at first, so that it is given back when nobody waits any more.
+            biased;
+            begun = timeout_at(self.deadline, idempotency::begin_for(&self.host, &self.user, name)) => begun,
             () = self.cancelled.cancelled() => return Err(cancelled(Outcome::NotStarted)),
         };
         match begun.unwrap_or_else(|_| Err(self.late(Outcome::NotStarted)))? {

@@ -2,7 +2,7 @@
 //! same name is answered with.
 
 use std::{
-    collections::HashSet,
+    collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -16,7 +16,10 @@ use mcp_shared::{
     timestamp::Timestamp,
     vault::VaultError,
 };
-use tokio::time::{Instant, sleep};
+use tokio::{
+    sync::oneshot,
+    time::{Instant, sleep},
+};
 
 use crate::host::Host;
 
@@ -46,32 +49,42 @@ pub struct Claim {
     _running: Running,
 }
 
-/// The named calls that this worker runs.
+/// The names of calls that are being looked up or run here, and by how many. Whoever takes a name stands here
+/// before it stands in the store.
 #[derive(Default, Clone)]
-pub struct NamedCalls(Arc<Mutex<HashSet<(UserId, IdempotencyKey)>>>);
+pub struct NamedCalls(Arc<Mutex<HashMap<(UserId, IdempotencyKey), usize>>>);
 
-/// A named call that runs, until this is dropped.
+/// One who looks a name up or runs its call, until this is dropped.
 struct Running(NamedCalls, (UserId, IdempotencyKey));
 
 impl NamedCalls {
-    fn run(&self, user: &UserId, key: &IdempotencyKey) -> Running {
+    fn enter(&self, user: &UserId, key: &IdempotencyKey) -> Running {
         let name = (user.clone(), key.clone());
-        self.names().insert(name.clone());
+        *self.names().entry(name.clone()).or_default() += 1;
         Running(self.clone(), name)
     }
 
-    fn contains(&self, user: &UserId, key: &IdempotencyKey) -> bool {
-        self.names().contains(&(user.clone(), key.clone()))
-    }
-
-    fn names(&self) -> MutexGuard<'_, HashSet<(UserId, IdempotencyKey)>> {
+    fn names(&self) -> MutexGuard<'_, HashMap<(UserId, IdempotencyKey), usize>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Running {
+    /// Whether nobody else here may be running the call.
+    fn is_alone(&self) -> bool {
+        self.0.names().get(&self.1).is_none_or(|count| *count <= 1)
     }
 }
 
 impl Drop for Running {
     fn drop(&mut self) {
-        self.0.names().remove(&self.1);
+        let mut names = self.0.names();
+        if let Some(count) = names.get_mut(&self.1) {
+            *count -= 1;
+            if *count == 0 {
+                names.remove(&self.1);
+            }
+        }
     }
 }
 
@@ -90,8 +103,23 @@ pub async fn sweep(host: Arc<Host>) {
     }
 }
 
+/// As [`begin`], for a caller who may give up meanwhile: a name that was taken for nobody is given back, so that
+/// nobody takes the call for one that was lost.
+pub async fn begin_for(host: &Arc<Host>, user: &UserId, name: &Idempotency) -> Result<Begun, WorkerError> {
+    let (sender, begun) = oneshot::channel();
+    let (means, user, name) = (Arc::clone(host), user.clone(), name.clone());
+    host.tasks.spawn(async move {
+        let begun = begin(&means, &user, &name).await;
+        if let Err(Ok(Begun::First(claim))) = sender.send(begun) {
+            let given_up = WorkerError::new(ErrorCode::Cancelled, "The call was cancelled");
+            claim.end(&Err(given_up.outcome(Outcome::NotStarted))).await;
+        }
+    });
+    begun.await.map_err(WorkerError::internal)?
+}
+
 /// Takes a name for a call, or finds what came of the call that has it. An error: the call must not run.
-pub async fn begin(host: &Arc<Host>, user: &UserId, name: &Idempotency) -> Result<Begun, WorkerError> {
+async fn begin(host: &Arc<Host>, user: &UserId, name: &Idempotency) -> Result<Begun, WorkerError> {
     let call = NamedCall {
         user: user.clone(),
         key: name.key.clone(),
@@ -102,10 +130,10 @@ pub async fn begin(host: &Arc<Host>, user: &UserId, name: &Idempotency) -> Resul
         ),
         state: CallState::Running,
     };
+    let running = host.named_calls.enter(user, &name.key);
     for _ in 0..ATTEMPTS {
         match host.vault.put_named_call(&call, None).await {
             Ok(revision) => {
-                let running = host.named_calls.run(user, &name.key);
                 return Ok(Begun::First(Claim { host: Arc::clone(host), call, revision, _running: running }));
             }
             Err(VaultError::Store(StoreError::AlreadyExists { .. })) => {}
@@ -121,7 +149,7 @@ pub async fn begin(host: &Arc<Host>, user: &UserId, name: &Idempotency) -> Resul
                 }
             }
             Some(stored) => {
-                if let Some(begun) = met(host, stored, name).await? {
+                if let Some(begun) = met(host, stored, name, &running).await? {
                     return Ok(begun);
                 }
             }
@@ -135,6 +163,7 @@ async fn met(
     host: &Arc<Host>,
     stored: Versioned<NamedCall>,
     name: &Idempotency,
+    running: &Running,
 ) -> Result<Option<Begun>, WorkerError> {
     let Versioned { revision, value } = stored;
     if value.fingerprint != name.fingerprint {
@@ -148,7 +177,7 @@ async fn met(
             let error = WorkerError::new(ErrorCode::IdempotencyResultGone, text).outcome(Outcome::Completed);
             Ok(Some(Begun::Before(Err(error))))
         }
-        CallState::Running if host.named_calls.contains(&value.user, &value.key) => Err(in_progress()),
+        CallState::Running if value.worker == host.worker_id && !running.is_alone() => Err(in_progress()),
         CallState::Running => {
             let lost = match &host.leases {
                 // Whoever ran on this machine before is gone, and what this worker could not write down is
