@@ -318,6 +318,10 @@ impl WorkerApi for Router {
         self.inner.remote(ask).await
     }
 
+    async fn drain(&self, worker: &WorkerId) -> Result<(), WorkerError> {
+        self.inner.drain(worker).await
+    }
+
     async fn fleet(&self) -> Result<Fleet, WorkerError> {
         Ok(self.inner.fleet().view(self.inner.bus.now()))
     }
