@@ -318,8 +318,8 @@ impl WorkerApi for Router {
         self.inner.remote(ask).await
     }
 
-    async fn drain(&self, worker: &WorkerId) -> Result<(), WorkerError> {
-        self.inner.drain(worker).await
+    async fn release_worker(&self, worker: &WorkerId) -> Result<(), WorkerError> {
+        self.inner.release_worker(worker).await
     }
 
     async fn fleet(&self) -> Result<Fleet, WorkerError> {

@@ -236,7 +236,7 @@ pub trait WorkerApi: Send + Sync + 'static {
 
     /// Has one worker leave the fleet in order, as at SIGTERM: it takes nothing new, hands over what it runs,
     /// finishes its calls and ends. It has only begun when this returns.
-    async fn drain(&self, worker: &WorkerId) -> Result<(), WorkerError>;
+    async fn release_worker(&self, worker: &WorkerId) -> Result<(), WorkerError>;
 
     /// The nodes that are heard.
     async fn fleet(&self) -> Result<Fleet, WorkerError>;

@@ -251,9 +251,6 @@ impl Group {
                 };
                 let _ = timeout(limits::TOOL_TIMEOUT_MAX, idle).await;
                 instance.stop().await;
-                if group.user.is_none() {
-                    group.want_running();
-                }
             });
         }
     }
@@ -321,6 +318,11 @@ impl Group {
             let trouble =
                 Trouble { text: end.to_string(), at_start: false, missing: Vec::new(), error: None };
             self.fail(&mut state, trouble, Some(instance.started.elapsed()));
+        } else if instance.is_leaving() && state.busy.is_none() && self.user.is_none() {
+            // It was replaced. A user's own process is started by the user's next call.
+            if !self.retired.is_cancelled() {
+                self.begin_start(&mut state, Start::Background);
+            }
         }
         drop(state);
         self.changed.notify_waiters();

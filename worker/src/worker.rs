@@ -339,7 +339,7 @@ impl WorkerApi for Worker {
         }
     }
 
-    async fn drain(&self, worker: &WorkerId) -> Result<(), WorkerError> {
+    async fn release_worker(&self, worker: &WorkerId) -> Result<(), WorkerError> {
         if *worker != self.host.worker_id {
             return Err(WorkerError::worker_not_found(worker));
         }

@@ -29,7 +29,7 @@ struct Answer {
 /// `POST /fleet/workers/:id/drain`: has a worker leave in order, as SIGTERM does. The answer says that it has
 /// begun; `GET /fleet` shows it as `draining`, and then no more.
 pub async fn drain(State(app): State<Arc<App>>, Path(id): Path<String>) -> Result<Response, Problem> {
-    app.worker.drain(&WorkerId::from_stored(id)).await?;
+    app.worker.release_worker(&WorkerId::from_stored(id)).await?;
     Ok(json_response(StatusCode::ACCEPTED, &json!({"success": true})))
 }
 

@@ -235,9 +235,49 @@ async fn a_worker_leaves_in_order_when_it_is_asked_to() {
         fleet["workers"].as_array().unwrap().iter().all(|worker| worker["id"] != owner.as_str())
     })
     .await;
-    assert_ne!(api.owners_of("echo").await, [owner.clone()]);
+    assert!(!api.owners_of("echo").await.contains(&owner));
     let again = api.post(&format!("/fleet/workers/{owner}/drain"), &json!({})).await;
     again.fails(404, "worker_not_found");
+}
+
+#[tokio::test]
+async fn a_named_call_whose_worker_is_lost_is_never_made_again() {
+    let mut api = Deployment::start().await;
+    api.add_fixture("s", &["--more"], json!({})).await;
+    let owner = api.owners_of("s").await[0].clone();
+    let named = || {
+        let body = json!({"serverName": "s", "methodName": "sleep", "args": {"ms": 20_000}});
+        let request = api.request(reqwest::Method::POST, "/mcp/tool/call");
+        request.header("Idempotency-Key", "once").json(&body)
+    };
+    let first = api.send(named());
+    let kill = async {
+        eventually("the call runs", async || {
+            let server = api.server("s").await;
+            server["instances"].as_array().unwrap().iter().any(|one| one["inFlight"] == 1)
+        })
+        .await;
+        api.workers().into_iter().find(|worker| worker.id == owner).unwrap().signal(Signal::SIGKILL);
+    };
+    let (first, ()) = tokio::join!(first, kill);
+    assert_eq!(first.fails(502, "worker_lost").json()["outcome"], "unknown");
+    // Until the worker is known to be lost, the call counts as being under way.
+    eventually("its end is known", async || {
+        let again = api.send(named()).await;
+        match again.status {
+            409 => {
+                again.fails(409, "idempotency_in_progress");
+                false
+            }
+            _ => {
+                assert!(again.headers.contains_key("idempotency-replayed"));
+                assert_eq!(again.fails(502, "worker_lost").json()["outcome"], "unknown");
+                true
+            }
+        }
+    })
+    .await;
+    drop(api.take_worker(&owner));
 }
 
 #[tokio::test]

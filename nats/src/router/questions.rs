@@ -246,7 +246,7 @@ impl Inner {
     }
 
     /// Asks a worker to leave in order.
-    pub(super) async fn drain(self: &Arc<Self>, worker: &WorkerId) -> Result<(), WorkerError> {
+    pub(super) async fn release_worker(self: &Arc<Self>, worker: &WorkerId) -> Result<(), WorkerError> {
         if !self.is_up() {
             return Err(bus_unavailable());
         }

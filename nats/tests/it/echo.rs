@@ -253,7 +253,7 @@ impl WorkerApi for Echo {
         Ok(RemoteAnswer::Done)
     }
 
-    async fn drain(&self, _: &WorkerId) -> Result<(), WorkerError> {
+    async fn release_worker(&self, _: &WorkerId) -> Result<(), WorkerError> {
         Ok(())
     }
 
