@@ -139,6 +139,7 @@ pub fn status(code: ErrorCode) -> StatusCode {
         }
         ErrorCode::NotFound
         | ErrorCode::ServerNotFound
+        | ErrorCode::WorkerNotFound
         | ErrorCode::ToolNotFound
         | ErrorCode::PackageNotFound
         | ErrorCode::VersionNotFound

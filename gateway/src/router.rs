@@ -38,6 +38,7 @@ pub fn router(app: Arc<App>, allowed: Arc<Allowed>) -> Router {
         .route("/healthz", get(health::healthz))
         .route("/readyz", get(health::readyz))
         .route("/fleet", get(fleet::get))
+        .route("/fleet/workers/{id}/drain", post(fleet::drain))
         .route("/mcp/tool/call", post(tools::call))
         .route("/mcp/tools", get(tools::list))
         .route("/mcp/servers", get(servers::list).post(servers::add))

@@ -318,6 +318,10 @@ impl WorkerApi for Router {
         self.inner.remote(ask).await
     }
 
+    async fn release_worker(&self, worker: &WorkerId) -> Result<(), WorkerError> {
+        self.inner.release_worker(worker).await
+    }
+
     async fn fleet(&self) -> Result<Fleet, WorkerError> {
         Ok(self.inner.fleet().view(self.inner.bus.now()))
     }

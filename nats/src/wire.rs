@@ -130,6 +130,8 @@ pub enum Ask {
         /// What.
         ask: RemoteAsk,
     },
+    /// Leave the fleet in order.
+    Drain,
     /// Something was changed in the store.
     Invalidate {
         /// What.

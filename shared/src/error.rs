@@ -69,6 +69,7 @@ error_codes! {
     NotFound = "not_found", retryable false, "There is no such route.";
     MethodNotAllowed = "method_not_allowed", retryable false, "The route exists with other methods; `Allow` lists them.";
     ServerNotFound = "server_not_found", retryable false, "No server has that name.";
+    WorkerNotFound = "worker_not_found", retryable false, "No worker of the fleet has that id; one that was started again has a new one.";
     ServerAlreadyExists = "server_already_exists", retryable false, "A server has that name, or one that differs only in case.";
     ServerDisabled = "server_disabled", retryable false, "The server is registered but switched off.";
     BuiltinServer = "builtin_server", retryable false, "Built-in servers cannot be changed or deleted.";
@@ -181,6 +182,12 @@ impl WorkerError {
         let name = name.to_string();
         Self::new(ErrorCode::ServerNotFound, format!("Server {} not found", shorten(&name, 64)))
             .with("serverName", shorten(&name, 64))
+    }
+
+    /// `Worker ID not found`.
+    pub fn worker_not_found(id: impl fmt::Display) -> Self {
+        let id = shorten(&id.to_string(), 64);
+        Self::new(ErrorCode::WorkerNotFound, format!("Worker {id} not found")).with("workerId", id)
     }
 
     /// States what is known about the call.

@@ -62,6 +62,8 @@ table! {
     LISTING_PAUSE: Duration = Duration::from_secs(1);
     /// How long a cancelled call may hold its slot while the server makes up its mind.
     CANCEL_GRACE: Duration = Duration::from_secs(5);
+    /// A process that did not give up so many cancelled calls in that time is replaced when no call is with it.
+    IGNORED_CANCELS: usize = 3;
     /// How long calls in flight may take when their server is stopped by an administrator.
     STOP_DRAIN: Duration = Duration::from_secs(5);
     /// How long a process has to leave after its standard input was closed.

@@ -234,6 +234,10 @@ pub trait WorkerApi: Send + Sync + 'static {
     /// Has a worker, whichever, do something about a remote server.
     async fn remote(&self, ask: RemoteAsk) -> Result<RemoteAnswer, WorkerError>;
 
+    /// Has one worker leave the fleet in order, as at SIGTERM: it takes nothing new, hands over what it runs,
+    /// finishes its calls and ends. It has only begun when this returns.
+    async fn release_worker(&self, worker: &WorkerId) -> Result<(), WorkerError>;
+
     /// The nodes that are heard.
     async fn fleet(&self) -> Result<Fleet, WorkerError>;
 }

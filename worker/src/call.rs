@@ -151,6 +151,9 @@ impl Call {
         };
         let instance = Arc::clone(&slot.instance);
         let busy = Busy::new(&group, &slot.instance);
+        if slot.instance.is_leaving() {
+            return Err(Attempt::Again);
+        }
         let prepared = async {
             let Arguments { merged, known } = self.with_secrets(arguments, &group).await?;
             let arguments = merged.as_deref().map_or(arguments.as_bytes(), Vec::as_slice);
@@ -181,8 +184,10 @@ impl Call {
         if outcome == Outcome::Unknown {
             // The slot stays taken until the server is done with the call, or has had time enough.
             self.host.tasks.spawn(async move {
-                let _held = (slot, busy, known);
-                let _ = timeout(limits::CANCEL_GRACE, in_flight.answer()).await;
+                if timeout(limits::CANCEL_GRACE, in_flight.answer()).await.is_err() {
+                    slot.instance.ignored_cancels.fetch_add(1, Ordering::AcqRel);
+                }
+                drop((slot, busy, known));
             });
         }
         Err(match given_up {
@@ -344,7 +349,8 @@ struct Busy {
 
 impl Busy {
     fn new(group: &Arc<Group>, instance: &Arc<crate::instance::Instance>) -> Self {
-        instance.in_flight.fetch_add(1, Ordering::AcqRel);
+        // In one order with the mark of a process that takes no more calls, for all who look.
+        instance.in_flight.fetch_add(1, Ordering::SeqCst);
         Self { group: Arc::clone(group), instance: Arc::clone(instance) }
     }
 }

@@ -11,6 +11,7 @@ use mcp_shared::{
     error::{Outcome, WorkerError},
     ids::{ServerName, UserId},
     json::RawJson,
+    limits,
     server::ServerRecord,
     timestamp::Timestamp,
     worker_api::{InstanceReport, ServerStatus},
@@ -214,9 +215,44 @@ impl Group {
     }
 
     /// To be called when a call ended.
-    pub fn call_ended(&self) {
-        self.state().last_used = Instant::now();
+    pub fn call_ended(self: &Arc<Self>) {
+        let mut state = self.state();
+        state.last_used = Instant::now();
+        self.replace_stuck(&state);
+        drop(state);
         self.changed.notify_waiters();
+    }
+
+    /// Replaces processes that did not give up several calls that were cancelled, as soon as no call is with them:
+    /// whatever they do for nobody costs those that come.
+    fn replace_stuck(self: &Arc<Self>, state: &State) {
+        for instance in &state.instances {
+            let stuck = instance.ignored_cancels.load(Ordering::Acquire) >= limits::IGNORED_CANCELS;
+            if !stuck || instance.pid().is_none() || instance.in_flight.load(Ordering::Acquire) > 0 {
+                continue;
+            }
+            // From here on no call begins on it; one that was just about to looks again.
+            if instance.leave() {
+                continue;
+            }
+            self.log.note("the process goes on with calls that were cancelled: it is replaced");
+            tracing::warn!(server = %self.server, "a process that gives no call up is replaced");
+            let (group, instance) = (Arc::clone(self), Arc::clone(instance));
+            self.host.tasks.spawn(async move {
+                let idle = async {
+                    loop {
+                        let mut changed = std::pin::pin!(group.changed.notified());
+                        changed.as_mut().enable();
+                        if instance.in_flight.load(Ordering::SeqCst) == 0 {
+                            return;
+                        }
+                        changed.await;
+                    }
+                };
+                let _ = timeout(limits::TOOL_TIMEOUT_MAX, idle).await;
+                instance.stop().await;
+            });
+        }
     }
 
     /// The group's state and that of its processes.
@@ -282,6 +318,11 @@ impl Group {
             let trouble =
                 Trouble { text: end.to_string(), at_start: false, missing: Vec::new(), error: None };
             self.fail(&mut state, trouble, Some(instance.started.elapsed()));
+        } else if instance.is_leaving() && state.busy.is_none() && self.user.is_none() {
+            // It was replaced. A user's own process is started by the user's next call.
+            if !self.retired.is_cancelled() {
+                self.begin_start(&mut state, Start::Background);
+            }
         }
         drop(state);
         self.changed.notify_waiters();

@@ -93,7 +93,10 @@ pub struct Instance {
     pub in_flight: AtomicUsize,
     /// Slots of the pool that lead here.
     pub slots: AtomicUsize,
+    /// Calls that were cancelled and that it did not give up in time. Each may still keep it busy.
+    pub ignored_cancels: AtomicUsize,
     tools: Mutex<RawJson>,
+    leaving: AtomicBool,
     stopping: AtomicBool,
     stop: CancellationToken,
     ended: watch::Receiver<Option<End>>,
@@ -223,7 +226,9 @@ impl Instance {
             started: Instant::now(),
             in_flight: AtomicUsize::new(0),
             slots: AtomicUsize::new(0),
+            ignored_cancels: AtomicUsize::new(0),
             tools: Mutex::new(tools),
+            leaving: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
             stop,
             ended,
@@ -253,7 +258,17 @@ impl Instance {
 
     /// Whether calls can begin on it.
     pub fn is_open(&self) -> bool {
-        self.connection.is_open()
+        self.connection.is_open() && !self.is_leaving()
+    }
+
+    /// Lets no more calls begin. Says whether that was so already.
+    pub fn leave(&self) -> bool {
+        self.leaving.swap(true, Ordering::SeqCst)
+    }
+
+    /// Whether no more calls may begin, although it runs.
+    pub fn is_leaving(&self) -> bool {
+        self.leaving.load(Ordering::SeqCst)
     }
 
     /// Whether we are the ones who end it.

@@ -114,7 +114,10 @@ async fn serve(settings: &Settings, bus: &BusSettings) -> ExitCode {
         Err(error) => return error.report(),
     };
     announce(&worker, &address);
-    stop.cancelled().await;
+    tokio::select! {
+        () = stop.cancelled() => {}
+        () = worker.asked_to_leave() => {}
+    }
 
     let drained = Instant::now() + settings.shutdown_timeout;
     health.drain();

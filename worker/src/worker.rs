@@ -50,6 +50,8 @@ pub struct Worker {
     calls: TaskTracker,
     /// What the fleet is told of it, less what changes.
     pub(crate) me: NodeReport,
+    /// Set when somebody asked it to leave.
+    leave: CancellationToken,
 }
 
 impl Worker {
@@ -87,13 +89,18 @@ impl Worker {
         }
         host.tasks.spawn(idempotency::sweep(Arc::clone(&host)));
         let me = NodeReport::of(host.worker_id.clone(), Role::Worker, mcp_nats::wire::VERSIONS, &host.vault);
-        Ok(Arc::new(Self { host, entries, calls: TaskTracker::new(), me }))
+        Ok(Arc::new(Self { host, entries, calls: TaskTracker::new(), me, leave: CancellationToken::new() }))
     }
 
     /// Takes jobs from the store from now on, until this worker stops. `fleet` is this worker, or all of
     /// those that have to hear of what a job changes.
     pub fn serve_jobs(&self, fleet: Arc<dyn WorkerApi>) {
         self.host.tasks.spawn(packages::serve(Arc::clone(&self.host), fleet));
+    }
+
+    /// Waits until somebody asked this worker to leave the fleet.
+    pub async fn asked_to_leave(&self) {
+        self.leave.cancelled().await;
     }
 
     /// This worker's id.
@@ -330,6 +337,19 @@ impl WorkerApi for Worker {
             }
             ask => self.host.oauth.answer(ask).await,
         }
+    }
+
+    async fn release_worker(&self, worker: &WorkerId) -> Result<(), WorkerError> {
+        if *worker != self.host.worker_id {
+            return Err(WorkerError::worker_not_found(worker));
+        }
+        if self.host.leases.is_none() {
+            let text = "This is the only worker: stop the program instead";
+            return Err(WorkerError::new(ErrorCode::InvalidRequest, text));
+        }
+        tracing::info!("asked to leave the fleet");
+        self.leave.cancel();
+        Ok(())
     }
 
     async fn fleet(&self) -> Result<Fleet, WorkerError> {

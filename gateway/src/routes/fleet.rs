@@ -2,10 +2,17 @@
 
 use std::sync::Arc;
 
-use axum::{extract::State, response::Response};
+use axum::{
+    extract::{Path, State},
+    response::Response,
+};
 use http::StatusCode;
-use mcp_shared::fleet::{Fleet, NodeView};
+use mcp_shared::{
+    fleet::{Fleet, NodeView},
+    ids::WorkerId,
+};
 use serde::Serialize;
+use serde_json::json;
 
 use crate::{
     app::App,
@@ -17,6 +24,13 @@ struct Answer {
     success: bool,
     #[serde(flatten)]
     fleet: Fleet,
+}
+
+/// `POST /fleet/workers/:id/drain`: has a worker leave in order, as SIGTERM does. The answer says that it has
+/// begun; `GET /fleet` shows it as `draining`, and then no more.
+pub async fn drain(State(app): State<Arc<App>>, Path(id): Path<String>) -> Result<Response, Problem> {
+    app.worker.release_worker(&WorkerId::from_stored(id)).await?;
+    Ok(json_response(StatusCode::ACCEPTED, &json!({"success": true})))
 }
 
 /// `GET /fleet`: the nodes that are heard, this one among them.

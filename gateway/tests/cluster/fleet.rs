@@ -211,6 +211,36 @@ async fn a_rolling_restart_of_workers_fails_no_call() {
 }
 
 #[tokio::test]
+async fn a_worker_leaves_in_order_when_it_is_asked_to() {
+    let mut api = Deployment::start().await;
+    api.add_fixture("echo", &[], json!({})).await;
+    let owner = api.owners_of("echo").await[0].clone();
+    let slow = api.call("echo", "sleep", json!({"ms": 1_500}));
+    let leaving = async {
+        eventually("the call runs", async || {
+            let server = api.server("echo").await;
+            server["instances"].as_array().unwrap().iter().any(|one| one["inFlight"] == 1)
+        })
+        .await;
+        let asked = api.post(&format!("/fleet/workers/{owner}/drain"), &json!({})).await;
+        assert_eq!(asked.status, 202, "{}", asked.text);
+        // Others take the calls that come.
+        assert_eq!(api.call("echo", "echo", json!({"text": "hi"})).await.tool_text(), "hi");
+    };
+    let (slow, ()) = tokio::join!(slow, leaving);
+    slow.ok();
+    assert!(api.take_worker(&owner).ended().await.success(), "it ends by itself");
+    eventually("it is gone", async || {
+        let fleet = api.get("/fleet").await.ok().json();
+        fleet["workers"].as_array().unwrap().iter().all(|worker| worker["id"] != owner.as_str())
+    })
+    .await;
+    assert!(!api.owners_of("echo").await.contains(&owner));
+    let again = api.post(&format!("/fleet/workers/{owner}/drain"), &json!({})).await;
+    again.fails(404, "worker_not_found");
+}
+
+#[tokio::test]
 async fn a_named_call_whose_worker_is_lost_is_never_made_again() {
     let mut api = Deployment::start().await;
     api.add_fixture("s", &["--more"], json!({})).await;

@@ -239,8 +239,14 @@ impl Node {
 
     /// Stops it in order and waits for its end.
     #[allow(dead_code, reason = "only tests of clusters stop single nodes")]
-    pub async fn stop(mut self) -> ExitStatus {
+    pub async fn stop(self) -> ExitStatus {
         self.signal(Signal::SIGTERM);
+        self.ended().await
+    }
+
+    /// Waits for its end.
+    #[allow(dead_code, reason = "only tests of clusters wait for single nodes")]
+    pub async fn ended(mut self) -> ExitStatus {
         let waiting = tokio::task::spawn_blocking(move || self.child.wait().unwrap());
         tokio::time::timeout(2 * PATIENCE, waiting).await.expect("the program did not end").unwrap()
     }

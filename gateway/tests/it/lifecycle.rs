@@ -552,3 +552,33 @@ async fn a_singleton_runs_once() {
     assert!(call.tool_text().contains(&new[0].to_string()), "{}", call.text);
     assert_eq!(std::fs::read_to_string(starts).unwrap().lines().count(), 2);
 }
+
+/// A process that was told three times that nobody waits, and goes on, is replaced once nobody else uses it.
+#[tokio::test]
+async fn a_process_that_gives_no_call_up_is_replaced() {
+    let api = Deployment::start().await;
+    api.add_fixture("stubborn", &["--more"], json!({})).await;
+    let first = api.pids("stubborn").await;
+    for calls in [2, 1] {
+        assert_eq!(api.pids("stubborn").await, first);
+        let hang = async || {
+            let body = json!({"serverName": "stubborn", "methodName": "hang", "args": {}});
+            let request = api.request(reqwest::Method::POST, "/mcp/tool/call").json(&body);
+            api.send(request.header("X-Request-Timeout-Ms", "300")).await.fails(504, "deadline_exceeded");
+        };
+        futures_util::future::join_all((0..calls).map(|_| hang())).await;
+        eventually("the slots are free again", async || {
+            let server = api.server("stubborn").await;
+            server["instances"].as_array().unwrap().iter().all(|one| one["inFlight"] == 0)
+        })
+        .await;
+    }
+    eventually("another process serves", async || {
+        let now = api.pids("stubborn").await;
+        now.len() == 1 && now != first && !alive(first[0])
+    })
+    .await;
+    assert_eq!(api.call("stubborn", "echo", json!({"text": "hi"})).await.tool_text(), "hi");
+    let logs = api.server("stubborn").await["logs"].to_string();
+    assert!(logs.contains("it is replaced"), "{logs}");
+}

@@ -6,7 +6,7 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 use bytes::Bytes;
 use futures_util::future::join_all;
 use mcp_shared::{
-    error::WorkerError,
+    error::{ErrorCode, WorkerError},
     ids::{ServerName, UserId, WorkerId},
     limits,
     package::{Latest, LatestQuery},
@@ -243,6 +243,27 @@ impl Inner {
         packages: Vec<LatestQuery>,
     ) -> Result<Vec<Latest>, WorkerError> {
         self.ask_one(&Ask::Latest { packages }, 4 * limits::LATEST_TIMEOUT, true).await
+    }
+
+    /// Asks a worker to leave in order.
+    pub(super) async fn release_worker(self: &Arc<Self>, worker: &WorkerId) -> Result<(), WorkerError> {
+        if !self.is_up() {
+            return Err(bus_unavailable());
+        }
+        if !self.fleet().live(self.bus.now()).contains(worker) {
+            return Err(WorkerError::worker_not_found(worker));
+        }
+        match self.question(worker, &Ask::Drain, &READ).await {
+            Ok(_) => Ok(()),
+            Err(Unanswered::Failed(error)) => Err(error),
+            Err(Unanswered::Gone) => {
+                self.fleet_mut().silent(worker);
+                Err(WorkerError::worker_not_found(worker))
+            }
+            Err(Unanswered::Silent) => {
+                Err(WorkerError::new(ErrorCode::WorkerLost, "The worker did not answer"))
+            }
+        }
     }
 
     /// Has one worker do something about a remote server. What may be done only once is not asked again of

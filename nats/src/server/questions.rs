@@ -76,6 +76,7 @@ impl Inner {
             Ask::Reports => written(&self.host.reports().await?),
             Ask::Wake => written(&self.host.wake().await?),
             Ask::Latest { packages } => written(&self.host.latest(packages).await?),
+            Ask::Drain => written(&self.host.release_worker(self.bus.node()).await?),
             Ask::Remote { ask } => written(&self.host.remote(ask).await?),
             Ask::Invalidate { change } => {
                 if let Err(error) = self.host.announce(change).await {

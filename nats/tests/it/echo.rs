@@ -253,6 +253,10 @@ impl WorkerApi for Echo {
         Ok(RemoteAnswer::Done)
     }
 
+    async fn release_worker(&self, _: &WorkerId) -> Result<(), WorkerError> {
+        Ok(())
+    }
+
     async fn fleet(&self) -> Result<Fleet, WorkerError> {
         Ok(Fleet::default())
     }
