@@ -119,6 +119,11 @@ impl Bus {
         self.client.connection_state() == State::Connected
     }
 
+    /// Whether the NATS server is one of several that pass messages on to each other.
+    pub fn is_clustered(&self) -> bool {
+        self.client.server_info().cluster.is_some()
+    }
+
     /// Grows whenever messages may have been lost: with each connection, and when they came too fast.
     pub fn gaps(&self) -> u64 {
         let connects = self.client.statistics().connects.load(Ordering::Acquire);

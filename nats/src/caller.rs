@@ -84,6 +84,8 @@ pub enum Said {
     Accept {
         /// The call's whole time.
         limit: Duration,
+        /// It may be made again when nobody knows what became of it.
+        repeatable: bool,
     },
     /// It was not started, and will not be.
     Refuse(Refusal),
@@ -114,6 +116,10 @@ pub struct Caller {
     /// Workers that said that they have no room, each as often as it did.
     full: Vec<WorkerId>,
     refused: Option<WorkerError>,
+    /// It may be made again when nobody knows what became of it.
+    repeatable: bool,
+    /// A worker was lost that had begun it.
+    may_have_run: bool,
 }
 
 impl Caller {
@@ -129,6 +135,8 @@ impl Caller {
             wish: Wish::default(),
             full: Vec::new(),
             refused: None,
+            repeatable: false,
+            may_have_run: false,
         }
     }
 
@@ -212,8 +220,9 @@ impl Caller {
                 }
                 Turn::STAY
             }
-            Said::Accept { limit } => {
+            Said::Accept { limit, repeatable } => {
                 self.learn(limit);
+                self.repeatable = repeatable;
                 if matches!(self.phase, Phase::Going { .. }) {
                     return Turn::STAY;
                 }
@@ -241,13 +250,16 @@ impl Caller {
             let text = "The worker that ran the call was lost";
             // Should it come back, it is not to go on.
             let withdraw = Some(lost.clone()).zip(self.attempt());
-            let error = WorkerError::new(ErrorCode::WorkerLost, text);
-            return Turn { withdraw, ..self.end(error, Outcome::Unknown) };
+            let error = WorkerError::new(ErrorCode::WorkerLost, text).outcome(Outcome::Unknown);
+            if !self.repeatable {
+                return Turn { withdraw, ..self.end(error, Outcome::Unknown) };
+            }
+            self.may_have_run = true;
+            self.refused = Some(error);
+            self.blame(lost);
+            return Turn { withdraw, ..self.failed(now, lost.clone()) };
         }
-        if self.wish.owner.as_ref() == Some(lost) {
-            self.wish.owner = None;
-            self.wish.lost_owner = Some(lost.clone());
-        }
+        self.blame(lost);
         self.failed(now, lost.clone())
     }
 
@@ -260,6 +272,16 @@ impl Caller {
                 self.end(WorkerError::new(ErrorCode::WorkerLost, text), Outcome::Unknown)
             }
             _ => self.end(bus_unavailable(), Outcome::NotStarted),
+        }
+    }
+
+    /// The bus is away, and nobody can be heard: what was offered is not taken for unanswered, and nothing is
+    /// offered until it is back.
+    pub fn without_bus(&mut self, now: Now) {
+        match &mut self.phase {
+            Phase::Choosing { not_before } => *not_before = (*not_before).max(now + PAUSE),
+            Phase::Offered { since, .. } => *since = now,
+            Phase::Waiting { .. } | Phase::Going { .. } | Phase::Ended => {}
         }
     }
 
@@ -293,6 +315,22 @@ impl Caller {
                 Turn { withdraw: Some((worker, attempt)), ..turn }
             }
             _ => Turn::STAY,
+        }
+    }
+
+    /// What became of the call as a whole, when this attempt came to such an end.
+    pub fn honest(&self, error: WorkerError) -> WorkerError {
+        match error.outcome {
+            Some(Outcome::NotStarted) if self.may_have_run => error.outcome(Outcome::Unknown),
+            _ => error,
+        }
+    }
+
+    /// A worker that was named as the owner is lost.
+    fn blame(&mut self, lost: &WorkerId) {
+        if self.wish.owner.as_ref() == Some(lost) {
+            self.wish.owner = None;
+            self.wish.lost_owner = Some(lost.clone());
         }
     }
 
@@ -393,7 +431,7 @@ impl Caller {
             return Turn::STAY;
         }
         self.phase = Phase::Ended;
-        Turn::just(Step::End(Box::new(error.or_outcome(outcome))))
+        Turn::just(Step::End(Box::new(self.honest(error.or_outcome(outcome)))))
     }
 
     fn out_of_time(&mut self) -> Turn {

@@ -136,6 +136,11 @@ impl FleetView {
         }
     }
 
+    /// Whether a node that has not said goodbye is not heard any more.
+    pub fn misses_somebody(&self, now: Now) -> bool {
+        self.nodes.values().any(|node| node.silent || now.saturating_sub(node.heard) >= OUT_AFTER)
+    }
+
     /// How long a node has been unheard; `None`: it is not known.
     pub fn silence(&self, now: Now, node: &WorkerId) -> Option<Duration> {
         self.nodes.get(node).map(|node| now.saturating_sub(node.heard))

@@ -28,7 +28,7 @@ use mcp_shared::{
 use tokio::sync::{Notify, Semaphore, mpsc, oneshot, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use self::{calls::Call, questions::Heard};
+use self::{calls::Call, posts::Cancelled, questions::Heard};
 use crate::{
     bus::Bus,
     caller::{Now, bus_unavailable, no_worker},
@@ -87,6 +87,8 @@ struct Inner {
     open: Mutex<HashMap<CallId, Arc<Call>>>,
     questions: Mutex<HashMap<CallId, mpsc::Sender<Heard>>>,
     probes: Mutex<HashMap<CallId, WorkerId>>,
+    /// Attempts that were given up lately.
+    cancelled: Cancelled,
     /// Attempts whose answers have arrived, to be forgotten by the workers.
     done: Mutex<HashMap<WorkerId, Vec<CallId>>>,
     /// Servers for which another worker was asked to run them as well, and until when that counts.
@@ -139,6 +141,7 @@ impl Router {
             open: Mutex::default(),
             questions: Mutex::default(),
             probes: Mutex::default(),
+            cancelled: Cancelled::default(),
             done: Mutex::default(),
             expanding: Mutex::default(),
             ids: Ids::new(),
@@ -204,6 +207,13 @@ impl Router {
     /// Workers that answer and stay.
     pub fn staying(&self) -> Vec<WorkerId> {
         self.inner.fleet().staying(self.inner.bus.now())
+    }
+
+    /// Whether the NATS servers may have lost each other: there are several, and somebody who was heard lately
+    /// is not, and has not said goodbye.
+    pub fn may_be_split(&self) -> bool {
+        let inner = &self.inner;
+        inner.bus.is_clustered() && inner.fleet().misses_somebody(inner.bus.now())
     }
 
     /// Says what this node is now, and waits until the message is on its way.

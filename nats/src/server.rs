@@ -22,7 +22,7 @@ use mcp_shared::{
 };
 use tokio::{
     sync::{Notify, Semaphore, oneshot},
-    time::{MissedTickBehavior, interval},
+    time::{Instant, MissedTickBehavior, interval},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -52,6 +52,8 @@ const OPEN_QUESTIONS: usize = 1_024;
 const BODIES_KIB: usize = 48 * 1024;
 /// How often everything is read again although nothing seems to have been missed.
 const REREAD: Duration = Duration::from_secs(30);
+/// How often that is done while a part of the fleet may be out of reach.
+const REREAD_SPLIT: Duration = Duration::from_secs(2);
 /// The pause after what is stored could not be read.
 const UNREADABLE: Duration = Duration::from_millis(500);
 /// How long a new worker listens to changes before it reads what is stored: a change that was made
@@ -101,6 +103,7 @@ struct Live {
     arguments: Option<oneshot::Sender<RawJson>>,
     assembly: Assembly,
     size: usize,
+    repeatable: bool,
 }
 
 impl Server {
@@ -256,6 +259,7 @@ impl Inner {
                             arguments: Some(arguments),
                             assembly: Assembly::default(),
                             size: offer.size,
+                            repeatable: false,
                         };
                         table.live.insert(id, live);
                         Ok(Some((go, cancelled)))
@@ -335,11 +339,14 @@ impl Inner {
     /// Repeats what stands about a call, to the router's inbox.
     async fn say_again(self: &Arc<Self>, router: &mcp_shared::ids::WorkerId, call: CallId, reply: Reply) {
         let inbox = format!("{}.{call}", self.bus.subjects().inbox(router));
-        let limit = self.table().live.get(&call).map(|live| live.limit);
-        let limit_ms = limit.map_or(0, wire::millis);
+        let live = self.table().live.get(&call).map(|live| (live.limit, live.repeatable));
+        let (limit_ms, repeatable) =
+            live.map_or((0, false), |(limit, repeats)| (wire::millis(limit), repeats));
         match reply {
             Reply::Wait if limit_ms > 0 => self.say(&inbox.into(), &ToRouter::Wait { limit_ms }).await,
-            Reply::Accept if limit_ms > 0 => self.say(&inbox.into(), &ToRouter::Accept { limit_ms }).await,
+            Reply::Accept if limit_ms > 0 => {
+                self.say(&inbox.into(), &ToRouter::Accept { limit_ms, repeatable }).await
+            }
             Reply::Wait | Reply::Accept => {}
             other => self.say_reply(call, &inbox.into(), other).await,
         }
@@ -408,13 +415,18 @@ impl Inner {
     async fn keep_in_sync(self: Arc<Self>) {
         tokio::time::sleep(LISTENING).await;
         self.resync.notify_one();
+        let mut read = Instant::now();
         loop {
             tokio::select! {
                 () = self.resync.notified() => {}
-                // A change that was stored by somebody who died before telling of it is found like this.
-                () = tokio::time::sleep(REREAD) => {
-                    if let Err(error) = self.host.resync().await {
-                        tracing::warn!(%error, "what is stored cannot be read");
+                // A change that was stored by somebody who died before telling of it is found like this, and one
+                // by somebody whom this worker cannot hear since NATS servers lost each other.
+                () = tokio::time::sleep(REREAD_SPLIT) => {
+                    if read.elapsed() >= REREAD || self.router.may_be_split() {
+                        if let Err(error) = self.host.resync(false).await {
+                            tracing::warn!(%error, "what is stored cannot be read");
+                        }
+                        read = Instant::now();
                     }
                 }
                 () = self.stopping.cancelled() => return,
@@ -427,7 +439,7 @@ impl Inner {
                 if young && self.bus.is_connected() {
                     // Others have to know of this worker before it reads: they tell it what comes later.
                     self.router.show_up().await;
-                    match self.host.resync().await {
+                    match self.host.resync(true).await {
                         Ok(()) if self.bus.gaps() == gaps && self.table().fresh.is_fresh(self.bus.now()) => {
                             self.made_up.store(missed, Ordering::Release);
                             if !self.is_stale() {

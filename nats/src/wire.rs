@@ -197,6 +197,9 @@ pub enum ToRouter {
     Accept {
         /// The call's whole time, in milliseconds, counted from the request.
         limit_ms: u64,
+        /// It may be offered to another worker when this one is lost while it runs.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        repeatable: bool,
     },
     /// It was not started, and will not be.
     Refuse(Refusal),

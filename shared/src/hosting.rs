@@ -94,17 +94,25 @@ pub struct Reservation {
     arguments: oneshot::Sender<RawJson>,
     stream: CallStream,
     limit: Duration,
+    repeatable: bool,
 }
 
 impl Reservation {
-    /// Joins the ends that the worker's call task has the other sides of. `limit` is the call's whole time.
+    /// Joins the ends that the worker's call task has the other sides of. `limit` is the call's whole time;
+    /// `repeatable` says whether it may be made again when nobody knows what became of it.
     pub fn new(
         held: oneshot::Receiver<()>,
         arguments: oneshot::Sender<RawJson>,
         stream: CallStream,
         limit: Duration,
+        repeatable: bool,
     ) -> Self {
-        Self { held, arguments, stream, limit }
+        Self { held, arguments, stream, limit, repeatable }
+    }
+
+    /// Whether the call may be made again, elsewhere, when nobody knows what became of it.
+    pub fn is_repeatable(&self) -> bool {
+        self.repeatable
     }
 
     /// The call's whole time: what its caller asked for and what the server's record allows.
@@ -160,8 +168,9 @@ pub trait Hosting: WorkerApi {
     /// tell one that sleeps from one whose worker was lost.
     fn wanted(&self) -> Vec<(ServerName, bool)>;
 
-    /// Reads everything again: this worker may have missed changes.
-    async fn resync(&self) -> Result<(), WorkerError>;
+    /// Reads everything again. `missed`: changes may have been missed, so that nothing that was known before may
+    /// be used any more; else it is a precaution, and what is known serves where the store does not answer.
+    async fn resync(&self, missed: bool) -> Result<(), WorkerError>;
 
     /// Takes no more calls from now on, and gives back the leases of what no call uses any more.
     fn drain(&self);

@@ -78,6 +78,9 @@ table! {
     STABLE_AFTER: Duration = Duration::from_secs(60);
     /// Entries of the cache of (still encrypted) secrets, by user and server.
     SECRET_CACHE: usize = 20_000;
+    /// For how long after the store of a fleet last answered what is remembered of secrets may be used. (That
+    /// somebody has none may be used for longer: whoever sets one has to reach every worker.)
+    SECRET_TRUST: Duration = Duration::from_secs(60);
     /// How long a store operation may take.
     STORE_TIMEOUT: Duration = Duration::from_secs(5);
     /// Store operations that may wait.

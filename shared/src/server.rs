@@ -137,6 +137,10 @@ pub struct ServerRecord {
     /// Connections on one worker.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub instances: Option<u32>,
+    /// Whether what the server says of its tools is believed: calls of those that only read, or that may be
+    /// done twice, are made again when their worker or process is lost.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub trust_annotations: bool,
     /// For a remote server: what its authorization server knows us by, where an operator registered us.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub oauth_client: Option<GivenClient>,

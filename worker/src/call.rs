@@ -53,6 +53,8 @@ pub struct Call {
     pub cancelled: CancellationToken,
     /// Where progress goes.
     pub events: mpsc::Sender<CallEvent>,
+    /// It may be made again when nobody knows what became of it.
+    pub repeatable: bool,
 }
 
 /// What a call still waits for when it has a slot.
@@ -95,12 +97,31 @@ impl Call {
         ended
     }
 
-    async fn run_now(&self, mut go: Go) -> Result<RawJson, WorkerError> {
+    async fn run_now(&self, go: Go) -> Result<RawJson, WorkerError> {
+        let mut may_have_run = false;
+        let ended = self.attempts(go, &mut may_have_run).await;
+        ended.map_err(|error| match error.outcome {
+            // The last attempt came to nothing, and one before it perhaps did not.
+            Some(Outcome::NotStarted) if may_have_run => error.outcome(Outcome::Unknown),
+            _ => error,
+        })
+    }
+
+    async fn attempts(&self, mut go: Go, may_have_run: &mut bool) -> Result<RawJson, WorkerError> {
         let mut attempts = 0;
         let mut arguments = None;
         loop {
             match self.attempt(&mut go, &mut arguments).await {
                 Ok(result) => return Ok(result),
+                Err(Attempt::Lost(error)) => {
+                    attempts += 1;
+                    *may_have_run = true;
+                    let goes_on = self.repeatable && !self.cancelled.is_cancelled();
+                    if !goes_on || attempts == ATTEMPTS || Instant::now() >= self.deadline {
+                        return Err(error);
+                    }
+                    tracing::debug!(server = %self.entry.name, "a call that may be repeated is made again");
+                }
                 Err(Attempt::Failed(error)) => return Err(error),
                 // The process was gone before it saw the call.
                 Err(Attempt::Again) => {
@@ -261,19 +282,25 @@ impl Call {
                 let text = format!("The answer of server {} was too large", self.entry.name);
                 Err(WorkerError::new(ErrorCode::ResultTooLarge, text).outcome(Outcome::Completed).into())
             }
-            Err(Failure::Upstream(upstream)) => Err(self.named(upstream.error).into()),
+            Err(Failure::Upstream(upstream)) => {
+                let error = self.named(upstream.error);
+                Err(match error.code {
+                    ErrorCode::UpstreamLost if error.outcome == Some(Outcome::Unknown) => {
+                        Attempt::Lost(error)
+                    }
+                    _ => Attempt::Failed(error),
+                })
+            }
             Err(Failure::Closed { written: false } | Failure::SessionLost) => Err(Attempt::Again),
             Err(Failure::Closed { written: true }) if stopping => {
                 let text = format!("Server {} was stopped while the call was in flight", self.entry.name);
-                Err(self
-                    .named(WorkerError::new(ErrorCode::ServerStopped, text))
-                    .outcome(Outcome::Unknown)
-                    .into())
+                let error = self.named(WorkerError::new(ErrorCode::ServerStopped, text));
+                Err(Attempt::Lost(error.outcome(Outcome::Unknown)))
             }
             Err(Failure::Closed { written: true }) if current(&self.entry.record).is_remote() => {
-                Err(self.lost().into())
+                Err(Attempt::Lost(self.lost()))
             }
-            Err(Failure::Closed { written: true }) => Err(self.crashed(Outcome::Unknown).into()),
+            Err(Failure::Closed { written: true }) => Err(Attempt::Lost(self.crashed(Outcome::Unknown))),
         }
     }
 
@@ -320,6 +347,8 @@ pub enum Attempt {
     Again,
     /// It was not started, and the server's processes are just being replaced.
     Replaced,
+    /// Whoever had it is gone, and perhaps it was done.
+    Lost(WorkerError),
     /// For the caller.
     Failed(WorkerError),
 }

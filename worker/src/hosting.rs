@@ -61,11 +61,17 @@ impl Hosting for Worker {
         runs_always.map(|entry| (entry.name.clone(), entry.runs_shared())).collect()
     }
 
-    async fn resync(&self) -> Result<(), WorkerError> {
-        self.host.secrets.forget_all();
-        self.host.oauth.forget_all();
+    async fn resync(&self, missed: bool) -> Result<(), WorkerError> {
         let stored = self.host.vault.servers().await?;
         let mut listings = stored_listings(&self.host.vault).await?;
+        // Only now: what is known serves as long as the store does not answer.
+        if missed {
+            self.host.secrets.forget_all();
+            self.host.oauth.forget_all();
+        } else {
+            self.host.secrets.doubt_all();
+            self.host.oauth.doubt_all();
+        }
         let mut names: HashSet<ServerName> = self.entries().iter().map(|entry| entry.name.clone()).collect();
         for server in stored {
             let same =

@@ -17,6 +17,7 @@ mod outgoing;
 pub mod packages;
 pub mod program;
 mod registry;
+mod remembered;
 mod remote;
 mod secrets;
 pub mod supervisor;

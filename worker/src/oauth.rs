@@ -33,7 +33,7 @@ use self::{
     cache::{Cache, Key, Tokens},
     refresh::Flight,
 };
-use crate::outgoing::Outgoing;
+use crate::{outgoing::Outgoing, remembered};
 
 /// How long nobody tries again to refresh tokens ahead of their end, after that has failed.
 const PAUSE: Duration = Duration::from_secs(5);
@@ -127,7 +127,7 @@ impl OAuth {
             let token = tokens.stored.value.access_token.expose_secret();
             refused.is_none_or(|refused| refused.token.expose_secret() != token) && tokens.lives()
         };
-        if let Some(Some(tokens)) = self.0.cache.get(&key)
+        if let Some(tokens) = self.0.cache.get(&key).and_then(remembered::Found::value)
             && other(&tokens)
         {
             return Ok(tokens.bearer());
@@ -153,7 +153,8 @@ impl OAuth {
         refused: Option<&Bearer>,
         error: &WorkerError,
     ) {
-        let tokens = self.0.cache.get(&(user.clone(), record.name.clone())).flatten();
+        let tokens =
+            self.0.cache.get(&(user.clone(), record.name.clone())).and_then(remembered::Found::value);
         if let (Some(tokens), Some(refused)) = (tokens, refused)
             && tokens.stored.value.access_token.expose_secret() == refused.token.expose_secret()
         {
@@ -174,6 +175,11 @@ impl OAuth {
     /// Forgets everything that is remembered: changes may have been missed.
     pub fn forget_all(&self) {
         self.0.cache.forget_all();
+    }
+
+    /// Has everything read again when it is needed, as long as the store answers, which it has just done.
+    pub fn doubt_all(&self) {
+        self.0.cache.doubt_all();
     }
 
     /// Does what a gateway asks: all of [`RemoteAsk`] but the end of sessions.
@@ -211,7 +217,14 @@ impl Inner {
     /// A user's tokens as remembered, or as stored.
     async fn known(&self, key: &Key) -> Result<Option<Arc<Tokens>>, WorkerError> {
         match self.cache.get(key) {
-            Some(known) => Ok(known),
+            Some(remembered::Found::Certain(known)) => Ok(known),
+            Some(remembered::Found::Doubtful(known)) => match self.read(key).await {
+                // Nobody has said that they changed.
+                Err(error) if error.code == ErrorCode::StoreUnavailable && !self.cache.is_outdated() => {
+                    Ok(known)
+                }
+                read => read,
+            },
             None => self.read(key).await,
         }
     }
@@ -220,7 +233,7 @@ impl Inner {
     async fn read(&self, key: &Key) -> Result<Option<Arc<Tokens>>, WorkerError> {
         let generation = self.cache.generation(key);
         let stored = self.vault.oauth_tokens(&key.0, &key.1).await.map_err(not_started)?;
-        let known = self.cache.get(key).flatten();
+        let known = self.cache.get(key).and_then(remembered::Found::value);
         let tokens = stored.map(|stored| match known {
             // What is remembered with it stays remembered.
             Some(known) if known.stored.revision == stored.revision => known,

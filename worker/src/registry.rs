@@ -8,7 +8,7 @@ use std::{
 
 use mcp_shared::{
     error::{ErrorCode, Outcome, WorkerError},
-    ids::{SecretName, ServerName, UserId},
+    ids::{SecretName, ServerName, ToolName, UserId},
     json::RawJson,
     limits,
     server::{Isolation, Scaling, ServerRecord},
@@ -19,6 +19,7 @@ use mcp_shared::{
 
 use tokio::time::Instant;
 
+use self::annotations::Repeatable;
 use crate::{
     group::{CurrentRecord, Group, current},
     host::Host,
@@ -26,6 +27,7 @@ use crate::{
     packages::managers::Say,
 };
 
+mod annotations;
 mod owning;
 
 /// How often a new version is tried that does not start while the old one serves.
@@ -53,6 +55,8 @@ struct Listing {
     listed: Option<Timestamp>,
     /// Whose they are; `None`: everybody's, or nobody has listed them here.
     of: Option<UserId>,
+    /// What they say of themselves.
+    repeatable: Repeatable,
 }
 
 #[derive(Default)]
@@ -71,7 +75,12 @@ impl Entry {
             name: record.name.clone(),
             record: Arc::new(RwLock::new(Arc::new(record))),
             groups: Mutex::default(),
-            listing: Mutex::new(Listing { tools, listed: None, of: None }),
+            listing: Mutex::new(Listing {
+                repeatable: Repeatable::of(tools.as_ref()),
+                tools,
+                listed: None,
+                of: None,
+            }),
             log: Arc::default(),
             changing: tokio::sync::Mutex::new(()),
         })
@@ -363,6 +372,7 @@ impl Entry {
                 listing.of = user.cloned();
                 listing.listed = Some(Timestamp::now());
                 if listing.tools.as_ref() != Some(tools) {
+                    listing.repeatable = Repeatable::of(Some(tools));
                     listing.tools = Some(tools.clone());
                     keep.push(None);
                 }
@@ -381,6 +391,12 @@ impl Entry {
                 }
             }
         });
+    }
+
+    /// Whether a call of a tool may be made again when nobody knows what became of it: an administrator trusts
+    /// what the server says of its tools, and it says so.
+    pub fn is_repeatable(&self, tool: &ToolName) -> bool {
+        current(&self.record).trust_annotations && lock(&self.listing).repeatable.contains(tool)
     }
 
     fn groups(&self) -> MutexGuard<'_, Groups> {

@@ -1,22 +1,13 @@
 //! Secrets on their way into a call: cached while encrypted, decrypted for one call, merged into its
 //! arguments.
 
-use std::{
-    hash::{DefaultHasher, Hash, Hasher},
-    num::NonZeroUsize,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
-};
+use std::sync::Arc;
 
-use lru::LruCache;
 use mcp_shared::{
-    error::WorkerError,
+    error::{ErrorCode, WorkerError},
     google::{GoogleFlow, TOKENS_SECRET},
     ids::{SecretName, ServerName, UserId},
     json::{self, RawJson},
-    limits,
     server::ServerRecord,
     store::SealedSecret,
     vault::{Vault, VaultError},
@@ -24,19 +15,15 @@ use mcp_shared::{
 use secrecy::{ExposeSecret, SecretString};
 use zeroize::Zeroizing;
 
-use crate::transport::push_string;
-
-/// Generations are counted for groups of users, so that a write for one does not keep the secrets of
-/// all others out of the cache.
-const GENERATIONS: usize = 256;
-
-type Entries = LruCache<(UserId, ServerName), Arc<[SealedSecret]>>;
+use crate::{
+    remembered::{Found, Remembered},
+    transport::push_string,
+};
 
 /// Users' secrets as stored, by user and server.
 pub struct SecretCache {
     vault: Vault,
-    entries: Mutex<Entries>,
-    generations: [AtomicU64; GENERATIONS],
+    remembered: Remembered<Arc<[SealedSecret]>>,
 }
 
 /// A decrypted secret of one call.
@@ -52,12 +39,7 @@ pub struct OpenSecret {
 impl SecretCache {
     /// An empty cache in front of the store.
     pub fn new(vault: Vault) -> Self {
-        let size = NonZeroUsize::new(limits::SECRET_CACHE).unwrap_or(NonZeroUsize::MIN);
-        Self {
-            vault,
-            entries: Mutex::new(LruCache::new(size)),
-            generations: std::array::from_fn(|_| AtomicU64::new(0)),
-        }
+        Self { vault, remembered: Remembered::new() }
     }
 
     /// The secrets that go into the arguments of a call: those that the record names, or all that the
@@ -106,56 +88,53 @@ impl SecretCache {
 
     /// Forgets a user's secrets for a server. What was being read meanwhile is not kept.
     pub fn forget(&self, user: &UserId, server: &ServerName) {
-        self.generation(user).fetch_add(1, Ordering::AcqRel);
-        self.entries().pop(&(user.clone(), server.clone()));
+        self.remembered.forget(&(user.clone(), server.clone()));
     }
 
     /// Forgets every user's secrets for a server.
     pub fn forget_server(&self, server: &ServerName) {
-        for generation in &self.generations {
-            generation.fetch_add(1, Ordering::AcqRel);
-        }
-        let mut entries = self.entries();
-        let keys: Vec<_> =
-            entries.iter().map(|(key, _)| key).filter(|key| key.1 == *server).cloned().collect();
-        for key in keys {
-            entries.pop(&key);
-        }
+        self.remembered.forget_server(server);
     }
 
-    /// Forgets everything.
+    /// Forgets everything: changes may have been missed. The store has just answered.
     pub fn forget_all(&self) {
-        for generation in &self.generations {
-            generation.fetch_add(1, Ordering::AcqRel);
-        }
-        self.entries().clear();
+        self.remembered.forget_all();
     }
 
+    /// Has everything read again when it is needed, as long as the store answers, which it has just done.
+    pub fn doubt_all(&self) {
+        self.remembered.doubt_all();
+    }
+
+    /// A store that does not answer leaves calls of users who have no secrets alone: nobody has said that they
+    /// have some now. What is known of others serves for a while.
     async fn sealed(&self, user: &UserId, server: &ServerName) -> Result<Arc<[SealedSecret]>, WorkerError> {
         let key = (user.clone(), server.clone());
-        if let Some(found) = self.entries().get(&key) {
-            return Ok(Arc::clone(found));
+        let usable = |sealed: &Arc<[SealedSecret]>| sealed.is_empty() || !self.remembered.is_outdated();
+        let known = self.remembered.get(&key);
+        if let Some(Found::Certain(sealed)) = &known
+            && usable(sealed)
+        {
+            return Ok(Arc::clone(sealed));
         }
-        let generation = self.generation(user);
-        let before = generation.load(Ordering::Acquire);
-        let sealed: Arc<[SealedSecret]> = self.vault.sealed_secrets(user, server).await?.into();
-        let mut entries = self.entries();
-        // A secret that changed after it was read must be read again by the next call.
-        if generation.load(Ordering::Acquire) == before {
-            entries.put(key, Arc::clone(&sealed));
-        }
+        let generation = self.remembered.generation(&key);
+        let sealed: Arc<[SealedSecret]> = match self.vault.sealed_secrets(user, server).await {
+            Ok(sealed) => sealed.into(),
+            Err(error) => {
+                let error = WorkerError::from(error);
+                let untouched = self.remembered.generation(&key) == generation;
+                match known {
+                    Some(Found::Doubtful(known))
+                        if error.code == ErrorCode::StoreUnavailable && untouched && usable(&known) =>
+                    {
+                        known
+                    }
+                    _ => return Err(error),
+                }
+            }
+        };
+        self.remembered.put(&key, generation, Arc::clone(&sealed));
         Ok(sealed)
-    }
-
-    fn generation(&self, user: &UserId) -> &AtomicU64 {
-        let mut hasher = DefaultHasher::new();
-        user.hash(&mut hasher);
-        let index = usize::try_from(hasher.finish() % GENERATIONS as u64).unwrap_or(0);
-        &self.generations[index]
-    }
-
-    fn entries(&self) -> MutexGuard<'_, Entries> {
-        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

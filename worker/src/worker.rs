@@ -1,7 +1,7 @@
 //! The worker: the implementation of [`WorkerApi`] that owns processes.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     path::PathBuf,
     sync::{Arc, PoisonError, RwLock},
     time::Duration,
@@ -24,7 +24,7 @@ use mcp_shared::{
 };
 use tokio::{
     sync::{mpsc, oneshot},
-    time::{Instant, timeout},
+    time::{Instant, sleep, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -39,6 +39,9 @@ use crate::{
     remote,
 };
 
+/// The pause after a changed server could not be read.
+const UNREADABLE: Duration = Duration::from_millis(500);
+
 /// The servers that a worker knows.
 type Entries = RwLock<HashMap<ServerName, Arc<Entry>>>;
 
@@ -50,6 +53,8 @@ pub struct Worker {
     calls: TaskTracker,
     /// What the fleet is told of it, less what changes.
     pub(crate) me: NodeReport,
+    /// Servers that were changed and could not be read since.
+    unread: Arc<RwLock<HashSet<ServerName>>>,
     /// Set when somebody asked it to leave.
     leave: CancellationToken,
 }
@@ -89,7 +94,14 @@ impl Worker {
         }
         host.tasks.spawn(idempotency::sweep(Arc::clone(&host)));
         let me = NodeReport::of(host.worker_id.clone(), Role::Worker, mcp_nats::wire::VERSIONS, &host.vault);
-        Ok(Arc::new(Self { host, entries, calls: TaskTracker::new(), me, leave: CancellationToken::new() }))
+        Ok(Arc::new(Self {
+            host,
+            entries,
+            calls: TaskTracker::new(),
+            me,
+            unread: Arc::default(),
+            leave: CancellationToken::new(),
+        }))
     }
 
     /// Takes jobs from the store from now on, until this worker stops. `fleet` is this worker, or all of
@@ -161,28 +173,46 @@ impl Worker {
     /// Takes in that a server was added, changed or removed. Whatever else happens to the name
     /// meanwhile, what is stored when this returns is what runs.
     pub(crate) async fn server_changed(&self, server: &ServerName) -> Result<(), WorkerError> {
-        loop {
-            let entry = match self.entry(server) {
-                Ok(entry) => entry,
-                Err(_) => {
-                    let Some(stored) = self.host.vault.server(server).await? else { return Ok(()) };
-                    let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
-                    Arc::clone(
-                        entries.entry(server.clone()).or_insert_with(|| Entry::new(stored.value, None)),
-                    )
-                }
-            };
-            // An entry that was just made is looked at as well: the server may have been removed between
-            // the moment it was read and the moment others could see the entry.
-            entry.refresh(&self.host).await?;
-            if !entry.is_removed() {
-                return Ok(());
-            }
-            let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
-            if entries.get(server).is_some_and(|current| Arc::ptr_eq(current, &entry)) {
-                entries.remove(server);
-            }
+        bring_in_line(&self.host, &self.entries, server).await
+    }
+
+    /// Has a changed server read as soon as the store answers. Until then nothing of it is used that was known
+    /// before; other servers are not concerned.
+    fn read_later(&self, server: ServerName) {
+        let is_new = self.unread.write().unwrap_or_else(PoisonError::into_inner).insert(server.clone());
+        if !is_new {
+            return;
         }
+        tracing::warn!(%server, "a changed server cannot be read: it takes no calls until it can");
+        let (host, entries, unread) =
+            (Arc::clone(&self.host), Arc::clone(&self.entries), Arc::clone(&self.unread));
+        self.host.tasks.spawn(async move {
+            loop {
+                tokio::select! {
+                    () = sleep(UNREADABLE) => {}
+                    () = host.stopping.cancelled() => return,
+                }
+                match bring_in_line(&host, &entries, &server).await {
+                    Err(error) if error.code == ErrorCode::StoreUnavailable => {}
+                    // A record that cannot be understood was logged, and stays as it was until it is mended.
+                    Ok(()) | Err(_) => break,
+                }
+            }
+            tracing::info!(%server, "a changed server was read");
+            unread.write().unwrap_or_else(PoisonError::into_inner).remove(&server);
+        });
+    }
+
+    fn check_read(&self, server: &ServerName) -> Result<(), WorkerError> {
+        let unread = self.unread.read().unwrap_or_else(PoisonError::into_inner);
+        if !unread.contains(server) {
+            return Ok(());
+        }
+        let text = format!("Server {server} was changed, and the store does not answer");
+        Err(WorkerError::new(ErrorCode::StoreUnavailable, text)
+            .with("serverName", server.as_str())
+            .outcome(Outcome::NotStarted)
+            .retry_after(Duration::from_secs(1)))
     }
 
     /// Admits a call: from here on its time counts and a task looks after it.
@@ -195,6 +225,7 @@ impl Worker {
         let entry = self.entry(&offer.server).map_err(refused)?;
         let record = current(&entry.record);
         entry.check_enabled(&record).map_err(refused)?;
+        self.check_read(&offer.server).map_err(refused)?;
         let limit = record.call_limit(context.timeout);
         let deadline = received + limit.saturating_sub(context.spent);
         // On a single node there is nobody else who could own it.
@@ -211,6 +242,8 @@ impl Worker {
         let (arguments_sender, arguments) = oneshot::channel();
         let cancelled = CancellationToken::new();
         let guard = cancelled.clone().drop_guard();
+        // Whoever named the call comes back for what became of it.
+        let repeatable = offer.idempotency.is_none() && entry.is_repeatable(&offer.tool);
         let call = Call {
             host: Arc::clone(&self.host),
             entry,
@@ -220,11 +253,12 @@ impl Worker {
             limit,
             cancelled,
             events,
+            repeatable,
         };
         self.calls.spawn(async move {
             end.send(CallEvent::Done(call.run(Go { held: Some(held_sender), arguments }).await));
         });
-        Ok(Reservation::new(held, arguments_sender, CallStream::new(receiver, guard), limit))
+        Ok(Reservation::new(held, arguments_sender, CallStream::new(receiver, guard), limit, repeatable))
     }
 
     /// Tells a remote server that its sessions are over.
@@ -285,7 +319,13 @@ impl WorkerApi for Worker {
 
     async fn announce(&self, change: Change) -> Result<(), WorkerError> {
         match change {
-            Change::Server { server } => self.server_changed(&server).await,
+            Change::Server { server } => match self.server_changed(&server).await {
+                Err(error) if error.code == ErrorCode::StoreUnavailable => {
+                    self.read_later(server);
+                    Ok(())
+                }
+                taken_in => taken_in,
+            },
             Change::Secret { user, server, name } => {
                 self.host.secrets.forget(&user, &server);
                 // A server that was removed meanwhile has taken its secrets with it.
@@ -355,6 +395,31 @@ impl WorkerApi for Worker {
     async fn fleet(&self) -> Result<Fleet, WorkerError> {
         let myself = NodeView::of_myself(self.describe());
         Ok(Fleet { workers: vec![myself], gateways: Vec::new() })
+    }
+}
+
+/// Brings what runs of a server in line with what is stored of it now.
+async fn bring_in_line(host: &Arc<Host>, entries: &Entries, server: &ServerName) -> Result<(), WorkerError> {
+    loop {
+        let known = entries.read().unwrap_or_else(PoisonError::into_inner).get(server).cloned();
+        let entry = match known {
+            Some(entry) => entry,
+            None => {
+                let Some(stored) = host.vault.server(server).await? else { return Ok(()) };
+                let mut entries = entries.write().unwrap_or_else(PoisonError::into_inner);
+                Arc::clone(entries.entry(server.clone()).or_insert_with(|| Entry::new(stored.value, None)))
+            }
+        };
+        // An entry that was just made is looked at as well: the server may have been removed between
+        // the moment it was read and the moment others could see the entry.
+        entry.refresh(host).await?;
+        if !entry.is_removed() {
+            return Ok(());
+        }
+        let mut entries = entries.write().unwrap_or_else(PoisonError::into_inner);
+        if entries.get(server).is_some_and(|current| Arc::ptr_eq(current, &entry)) {
+            entries.remove(server);
+        }
     }
 }
 

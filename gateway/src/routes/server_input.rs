@@ -73,6 +73,7 @@ pub fn plain(name: ServerName, transport: Transport) -> ServerRecord {
         secret_env: BTreeMap::new(),
         concurrency: None,
         instances: None,
+        trust_annotations: false,
         package: None,
         extra: Map::new(),
     }
@@ -201,6 +202,7 @@ fn update_common(record: &mut ServerRecord, fields: &Fields<'_>) -> Result<(), P
     set(&mut record.secret_env, secret_env(fields)?);
     set_optional(&mut record.concurrency, count(fields, "concurrency", limits::CONCURRENCY_MAX)?);
     set_optional(&mut record.instances, instances(fields)?);
+    set(&mut record.trust_annotations, fields.get("trustAnnotations", "must be true or false")?);
     let client = remote_input::oauth_client(fields, record.oauth_client.as_ref())?;
     set_optional(&mut record.oauth_client, client);
     for name in DESCRIPTIVE {

@@ -126,6 +126,7 @@ pub fn view<'a>(
         ("idleTimeout", record.idle_timeout.map(Value::from)),
         ("concurrency", record.concurrency.map(Value::from)),
         ("instanceLimit", record.instances.map(Value::from)),
+        ("trustAnnotations", record.trust_annotations.then_some(Value::Bool(true))),
         ("oauthClient", record.oauth_client.as_ref().map(client)),
         ("secretEnv", (!record.secret_env.is_empty()).then(|| json!(record.secret_env))),
     ];

@@ -6,7 +6,7 @@ use mcp_shared::testing::services;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::deployment::{Deployment, eventually};
+use crate::deployment::{Data, Deployment, eventually};
 
 #[tokio::test]
 async fn the_fleet_shows_its_nodes() {
@@ -335,4 +335,32 @@ async fn nats_may_restart() {
     })
     .await;
     drop(nats);
+}
+
+#[tokio::test]
+async fn a_trusted_call_whose_worker_is_lost_is_made_elsewhere() {
+    let mut api = Deployment::start().await;
+    let data = Data::new();
+    for (server, trusted) in [("plain", false), ("trusted", true)] {
+        api.add_worker().await;
+        let more = json!({"trustAnnotations": trusted});
+        api.add_fixture(server, &["--more", "--read-only"], more).await;
+        let path = data.path().join(server);
+        let owner = api.owners_of(server).await[0].clone();
+        let call = api.call(server, "touch", json!({"path": path, "text": "x", "hangUntil": 1}));
+        let killing = async {
+            eventually("the call runs", async || path.exists()).await;
+            api.workers().iter().find(|worker| worker.id == owner).unwrap().signal(Signal::SIGKILL);
+        };
+        let (answer, ()) = tokio::join!(call, killing);
+        let ran = std::fs::read_to_string(&path).unwrap().lines().count();
+        if trusted {
+            assert_eq!(answer.ok().tool_text(), "touched");
+            assert_eq!(ran, 2);
+        } else {
+            assert_eq!(answer.fails(502, "worker_lost").json()["outcome"], "unknown");
+            assert_eq!(ran, 1);
+        }
+        drop(api.take_worker(&owner));
+    }
 }

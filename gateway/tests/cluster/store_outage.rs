@@ -78,3 +78,53 @@ async fn an_owner_that_is_cut_off_from_the_store_is_replaced() {
     eventually("the old process ends as soon as its worker learns of it", async || !alive(first)).await;
     assert_eq!(answering(&api, &name).await, Some(second));
 }
+
+/// Workers read everything again every thirty seconds, and that fails now.
+#[tokio::test]
+async fn calls_that_need_no_secrets_outlast_the_store() {
+    let mongo = MongoServer::start();
+    let link = Link::to(mongo.address());
+    let api = Deployment::builder().env("MONGODB_URI", through(&link)).start().await;
+    for server in ["plain", "other", "changed"] {
+        api.add_fixture(server, &["--more"], json!({})).await;
+    }
+    api.set_secret("alice", "plain", "text", "of alice").await.ok();
+    let echo =
+        async |user: &str, server: &str| api.call_as(user, server, "echo", json!({"text": "hi"})).await;
+    // Both workers know who has secrets, and who has none.
+    for _ in 0..2 {
+        assert_eq!(echo("bob", "plain").await.tool_text(), "hi");
+        assert_eq!(echo("alice", "plain").await.tool_text(), "of alice");
+        assert_eq!(echo("bob", "other").await.tool_text(), "hi");
+    }
+
+    link.cut();
+    let cut = Instant::now();
+    // Whether it was written nobody can say, so that nothing of this server is certain. Others go on.
+    let change = api.put("/mcp/servers/changed", Some(&json!({"description": "new"}))).await;
+    change.fails(503, "store_unavailable");
+    let refused = echo("bob", "changed").await.fails(503, "store_unavailable");
+    assert_eq!(refused.json()["outcome"], "not_started", "{}", refused.text);
+    api.set_secret("alice", "other", "text", "new").await.fails(503, "store_unavailable");
+    while cut.elapsed() < Duration::from_secs(37) {
+        assert_eq!(echo("bob", "plain").await.tool_text(), "hi");
+        assert_eq!(echo("bob", "other").await.tool_text(), "hi");
+        // Never without them.
+        let alice = echo("alice", "plain").await;
+        if alice.status == 200 {
+            assert_eq!(alice.tool_text(), "of alice");
+        } else {
+            alice.fails(503, "store_unavailable");
+        }
+        tokio::time::sleep(Duration::from_millis(250)).await;
+    }
+    // Whoever set this one is told that it may not be there.
+    echo("alice", "other").await.fails(503, "store_unavailable");
+
+    link.mend();
+    for (user, server) in [("alice", "other"), ("bob", "changed"), ("alice", "plain")] {
+        eventually("all is as it was", async || echo(user, server).await.status == 200).await;
+    }
+    api.set_secret("alice", "other", "text", "newest").await.ok();
+    assert_eq!(echo("alice", "other").await.tool_text(), "newest");
+}

@@ -4,6 +4,7 @@
 // A test that cannot set up what it needs has failed, and a panic is how it says so.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod annotations;
 mod calls;
 mod compat;
 mod deployment;

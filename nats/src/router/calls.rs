@@ -253,8 +253,9 @@ impl Inner {
                     }
                     state.caller.said(now, attempt, Said::Wait { limit: Now::from_millis(limit_ms) })
                 }
-                ToRouter::Accept { limit_ms } => {
-                    state.caller.said(now, attempt, Said::Accept { limit: Now::from_millis(limit_ms) })
+                ToRouter::Accept { limit_ms, repeatable } => {
+                    let limit = Now::from_millis(limit_ms);
+                    state.caller.said(now, attempt, Said::Accept { limit, repeatable })
                 }
                 ToRouter::Refuse(refusal) => {
                     if state.expands {
@@ -285,6 +286,7 @@ impl Inner {
                 }
                 ToRouter::Failed(error) if going => {
                     self.arrived(state, attempt);
+                    let error = state.caller.honest(error);
                     let turn = state.caller.said(now, attempt, Said::Done);
                     if let Some(end) = state.end.take() {
                         end.send(CallEvent::Done(Err(error)));
@@ -442,10 +444,15 @@ impl Inner {
     /// Time goes by for every call. Returned is, for each worker that has some, which of its attempts
     /// have been silent for `silence`.
     pub(super) fn tick(self: &Arc<Self>, silence: Now) -> Vec<(WorkerId, Vec<CallId>)> {
-        let now = self.bus.now();
+        let (now, up) = (self.bus.now(), self.is_up());
         let mut silent: std::collections::HashMap<WorkerId, Vec<CallId>> = std::collections::HashMap::new();
         for call in self.all_open() {
-            self.nudge(&call, |state| Some(state.caller.tick(now)));
+            self.nudge(&call, |state| {
+                if !up {
+                    state.caller.without_bus(now);
+                }
+                Some(state.caller.tick(now))
+            });
             let state = lock(&call.state);
             if let (Some(worker), Some(attempt)) = (state.caller.worker(), state.caller.attempt()) {
                 let open = silent.entry(worker.clone()).or_default();

@@ -1,13 +1,16 @@
 //! What calls have workers told, as messages.
 
-use std::sync::Arc;
+use std::{
+    collections::VecDeque,
+    sync::{Arc, Mutex},
+};
 
 use mcp_shared::{
     hosting::{CallOffer, Placing},
     ids::WorkerId,
 };
 
-use super::{Inner, calls::Call};
+use super::{Inner, calls::Call, lock};
 use crate::{
     caller::Now,
     frames,
@@ -22,7 +25,49 @@ pub(super) enum Post {
     Credit { worker: WorkerId, attempt: CallId, frames: u32 },
 }
 
+/// How long a worker may take to hear that an attempt was given up: longer than calls wait for the bus.
+const REPEATED_WITHIN: Now = Now::from_secs(15);
+/// Attempts that are remembered for it.
+const REPEATED: usize = 4_096;
+
+/// Attempts that were given up lately. A worker that was not told, since the bus was just then away, would go
+/// on with them.
+#[derive(Default)]
+pub(super) struct Cancelled(Mutex<VecDeque<(Now, WorkerId, CallId)>>);
+
+impl Cancelled {
+    fn note(&self, now: Now, worker: &WorkerId, attempt: CallId) {
+        let mut latest = lock(&self.0);
+        if latest.len() == REPEATED {
+            latest.pop_front();
+        }
+        latest.push_back((now, worker.clone(), attempt));
+    }
+
+    fn take(&self, now: Now) -> Vec<(WorkerId, CallId)> {
+        let latest = std::mem::take(&mut *lock(&self.0));
+        let young = latest.into_iter().filter(|(at, ..)| now.saturating_sub(*at) < REPEATED_WITHIN);
+        young.map(|(_, worker, attempt)| (worker, attempt)).collect()
+    }
+}
+
 impl Inner {
+    /// The bus is back: workers are told once more what was given up while it was on its way out.
+    pub(super) fn cancel_again(self: &Arc<Self>) {
+        let cancelled = self.cancelled.take(self.bus.now());
+        if cancelled.is_empty() {
+            return;
+        }
+        let inner = Arc::clone(self);
+        self.send_later(async move {
+            for (worker, attempt) in cancelled {
+                if inner.tell(&worker, attempt, &ToWorker::Cancel, &[]).await.is_err() {
+                    return;
+                }
+            }
+        });
+    }
+
     /// Sends messages about a call, in order.
     pub(super) async fn post(self: &Arc<Self>, call: &Arc<Call>, post: Vec<Post>) {
         for message in post {
@@ -66,7 +111,10 @@ impl Inner {
                         Ok(())
                     }
                 }
-                Post::Cancel { worker, attempt } => self.tell(&worker, attempt, &ToWorker::Cancel, &[]).await,
+                Post::Cancel { worker, attempt } => {
+                    self.cancelled.note(self.bus.now(), &worker, attempt);
+                    self.tell(&worker, attempt, &ToWorker::Cancel, &[]).await
+                }
                 Post::Credit { worker, attempt, frames } => {
                     self.tell(&worker, attempt, &ToWorker::Credit(frames), &[]).await
                 }

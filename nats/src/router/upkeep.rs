@@ -90,6 +90,7 @@ impl Inner {
                 }
                 (true, Some(_)) => {
                     away = None;
+                    self.cancel_again();
                     self.unsettled_until.store(crate::wire::millis(now + SETTLING), Ordering::Release);
                     self.fleet_mut().excuse(now);
                 }

@@ -115,7 +115,11 @@ impl Inner {
         if !self.table().desk.held(self.bus.now(), id) {
             return Ok(None);
         }
-        self.say(&reply, &ToRouter::Accept { limit_ms }).await;
+        let repeatable = reservation.is_repeatable();
+        if let Some(live) = self.table().live.get_mut(&id) {
+            live.repeatable = repeatable;
+        }
+        self.say(&reply, &ToRouter::Accept { limit_ms, repeatable }).await;
         let Ok(arguments) = go.await else { return Ok(None) };
         // They are here: others may come.
         drop(room);

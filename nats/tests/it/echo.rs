@@ -157,7 +157,7 @@ impl Hosting for Echo {
             }
         });
         let limit = context.timeout.unwrap_or(limits::TOOL_TIMEOUT);
-        Ok(Reservation::new(held, arguments, CallStream::new(receiver, watched), limit))
+        Ok(Reservation::new(held, arguments, CallStream::new(receiver, watched), limit, false))
     }
 
     fn describe(&self) -> NodeReport {
@@ -188,7 +188,7 @@ impl Hosting for Echo {
         Vec::new()
     }
 
-    async fn resync(&self) -> Result<(), WorkerError> {
+    async fn resync(&self, _: bool) -> Result<(), WorkerError> {
         self.resyncs.fetch_add(1, Ordering::AcqRel);
         self.reading.subscribe().wait_for(|open| *open).await.map_err(WorkerError::internal)?;
         Ok(())

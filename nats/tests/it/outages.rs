@@ -140,7 +140,7 @@ async fn a_call_whose_worker_goes_amid_its_answer_is_not_made_again() {
     let stream = begin(&router, "github", "echo", json!({}), None).await.unwrap();
     let calling = tokio::spawn(stream.result());
     let offer = next(&mut told).await;
-    say(&lost, &offer, &ToRouter::Accept { limit_ms: 60_000 }, &[]).await;
+    say(&lost, &offer, &ToRouter::Accept { limit_ms: 60_000, repeatable: false }, &[]).await;
     let go = next(&mut told).await;
     assert!(go.subject.ends_with(".go"));
 

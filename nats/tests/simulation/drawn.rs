@@ -21,6 +21,8 @@ pub struct Tally {
     pub not_started: usize,
     pub unknown: usize,
     pub retried: usize,
+    /// Calls that ran more than once: only those that may.
+    pub repeated: usize,
 }
 
 impl Tally {
@@ -31,6 +33,7 @@ impl Tally {
         self.not_started += other.not_started;
         self.unknown += other.unknown;
         self.retried += other.retried;
+        self.repeated += other.repeated;
     }
 
     /// Of one world.
@@ -39,6 +42,7 @@ impl Tally {
         let history = &world.shared.history;
         tally.calls = history.calls.len();
         tally.retried = history.attempts.len().saturating_sub(tally.calls);
+        tally.repeated = history.calls.iter().filter(|record| record.starts.len() > 1).count();
         for (end, _) in history.calls.iter().filter_map(|record| record.ends.first()) {
             match end {
                 End::Answered(_) => tally.answered += 1,
@@ -86,7 +90,7 @@ pub fn run(seed: u64, misdeed: Misdeed, traced: bool) -> World {
     }
     let now = world.shared.now;
     for server in 0..count {
-        let tool = Tool { takes: Some(Duration::from_millis(20)), frames: 1 };
+        let tool = Tool { takes: Some(Duration::from_millis(20)), frames: 1, repeatable: false };
         let limit = Some(Duration::from_secs(6));
         let event = Event::Begin { router: None, server, limit, tool, plain: true };
         // Not all at once: the smallest queue has six places.
@@ -124,7 +128,7 @@ fn weather(rng: &mut Rng) -> Weather {
 fn calls(shared: &mut Shared, routers: usize, servers: usize) {
     // Now and then a router stands still for longer than ends are kept, with calls that may take so long.
     if shared.rng.happens(20) {
-        let tool = Tool { takes: Some(shared.rng.millis(200, 9_000)), frames: 1 };
+        let tool = Tool { takes: Some(shared.rng.millis(200, 9_000)), frames: 1, repeatable: false };
         let limit = Some(Duration::from_secs(60));
         shared.at(
             Duration::from_secs(1),
@@ -148,7 +152,7 @@ fn calls(shared: &mut Shared, routers: usize, servers: usize) {
             router: Some(rng.index(routers)),
             server: rng.index(servers),
             limit,
-            tool: Tool { takes, frames },
+            tool: Tool { takes, frames, repeatable: rng.happens(400) },
             plain: false,
         };
         let time = rng.millis(0, 7_000);

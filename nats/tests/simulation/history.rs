@@ -14,6 +14,8 @@ pub struct Tool {
     pub takes: Option<Duration>,
     /// Messages that its arguments need.
     pub frames: u32,
+    /// It may be called again when nobody knows what became of it.
+    pub repeatable: bool,
 }
 
 /// How a call ended for its caller.
@@ -70,7 +72,9 @@ impl History {
             return self.violate("(1) something was started that nobody called");
         };
         self.calls[call].starts.push((id, worker, now));
-        if self.calls[call].starts.len() > 1 {
+        let attempts = self.calls[call].starts.iter().filter(|(one, ..)| *one == id).count();
+        let starts = if self.calls[call].tool.repeatable { attempts } else { self.calls[call].starts.len() };
+        if starts > 1 {
             self.violate(&format!("(1) call {call} was started again"));
         }
         if self.calls[call].ends.iter().any(|(end, _)| *end == End::Failed(Outcome::NotStarted)) {
@@ -101,12 +105,18 @@ impl History {
         let record = &mut self.calls[call];
         record.ends.push((end, now));
         let (starts, finished, ends) = (record.starts.len(), record.finished.clone(), record.ends.len());
+        let repeatable = record.tool.repeatable;
         if ends > 1 {
             self.violate(&format!("(3) call {call} ended twice"));
         }
         match end {
             End::Failed(Outcome::NotStarted) if starts > 0 => {
                 self.violate(&format!("(2) call {call} is said to be not started, and was"));
+            }
+            End::Answered(id) if repeatable => {
+                if !finished.contains(&id) {
+                    self.violate(&format!("(3) call {call} was answered and did not run to its end"));
+                }
             }
             End::Answered(id) if starts != 1 || finished != [id] => {
                 self.violate(&format!("(3) call {call} was answered and did not run once to its end"));

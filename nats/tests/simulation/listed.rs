@@ -36,7 +36,11 @@ pub fn run(choices: Vec<u8>, single: bool, misdeed: Misdeed) -> World {
     world.add_worker(1, 2);
     world.add_worker(1, 2);
     world.add_router();
-    let tool = Tool { takes: Some(Duration::from_millis(40)), frames: if single { 1 } else { 2 } };
+    let tool = Tool {
+        takes: Some(Duration::from_millis(40)),
+        frames: if single { 1 } else { 2 },
+        repeatable: false,
+    };
     let begin = Event::Begin { router: Some(0), server: 0, limit: Some(limit), tool, plain: false };
     world.shared.at(Duration::from_millis(20), begin);
     while world.shared.now < Duration::from_secs(20) && world.shared.history.violation.is_none() {

@@ -84,7 +84,7 @@ fn misdeeds_are_found() {
         (Misdeed::ClaimNotStarted, "(2)"),
         (Misdeed::NeverTick, "(4) (6)"),
         (Misdeed::TrustAge, "(7)"),
-        (Misdeed::StartAnyway, "(1) (2) (7)"),
+        (Misdeed::StartAnyway, "(1) (2) (5) (7)"),
         (Misdeed::DenyRunning, "(1) (2)"),
         (Misdeed::KeepPlaces, "(5) (6)"),
         (Misdeed::NeverTickDesk, "(5) (6)"),

@@ -139,7 +139,9 @@ impl Router {
                         let of = std::str::from_utf8(&bytes).ok().and_then(|text| text.parse().ok());
                         End::Answered(of.unwrap_or(CallId(0)))
                     }
-                    Ending::Failed(error) => End::Failed(error.outcome.unwrap_or(Outcome::Unknown)),
+                    Ending::Failed(error) => {
+                        End::Failed(live.caller.honest(error).outcome.unwrap_or(Outcome::Unknown))
+                    }
                 };
                 shared.history.ended(shared.now, call, end);
                 self.follow(shared, call, Some(turn));
@@ -206,7 +208,13 @@ impl Router {
             }
         }
         for call in self.open() {
-            let turn = self.calls.get_mut(&call).map(|live| live.caller.tick(now));
+            let away = self.outage.is_some();
+            let turn = self.calls.get_mut(&call).map(|live| {
+                if away {
+                    live.caller.without_bus(now);
+                }
+                live.caller.tick(now)
+            });
             self.follow(shared, call, turn);
         }
         if now.saturating_sub(self.echoed) >= PROBE / 2 {

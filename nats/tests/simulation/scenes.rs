@@ -17,7 +17,7 @@ const fn ms(millis: u64) -> Duration {
 }
 
 fn call(world: &mut World, time: Duration, takes: Option<Duration>) {
-    let tool = Tool { takes, frames: 1 };
+    let tool = Tool { takes, frames: 1, repeatable: false };
     let limit = Some(ms(6_000));
     world.shared.at(time, Event::Begin { router: Some(0), server: 0, limit, tool, plain: false });
 }

@@ -417,7 +417,10 @@ impl Worker {
         let worker = self.index;
         let said = match reply {
             Reply::Wait => Said::Wait { limit },
-            Reply::Accept => Said::Accept { limit },
+            Reply::Accept => {
+                let call = shared.history.attempts.get(&id).map(|call| &shared.history.calls[*call]);
+                Said::Accept { limit, repeatable: call.is_some_and(|call| call.tool.repeatable) }
+            }
             Reply::Refuse => {
                 self.closed.insert(id);
                 Said::Refuse(busy())

@@ -58,6 +58,7 @@
 //! |---|---|
 //! | `--more` | offers all tools of the table |
 //! | `--pages N` | lists the tools in N pages with odd-looking cursors |
+//! | `--read-only` | says of every tool of `--more` that it only reads, which is not true |
 //! | `--no-tools` | declares the capability and has no tools |
 //! | `--list-error` | answers `tools/list` with an error |
 //! | `--modern-only` | refuses `initialize`, serves `server/discover` and requests of revision 2026-07-28 |
@@ -129,6 +130,7 @@ const STOP_IGNORED: &str = "--stop-ignored";
 #[derive(Debug, Default)]
 struct Options {
     more: bool,
+    read_only: bool,
     pages: usize,
     no_tools: bool,
     list_error: bool,
@@ -156,6 +158,7 @@ impl Options {
             let mut value = || args.next().cloned().ok_or_else(|| format!("{flag} needs a value"));
             match flag.as_str() {
                 "--more" => options.more = true,
+                "--read-only" => options.read_only = true,
                 "--pages" => options.pages = number(flag, &value()?)?,
                 "--no-tools" => options.no_tools = true,
                 "--list-error" => options.list_error = true,

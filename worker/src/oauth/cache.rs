@@ -1,33 +1,16 @@
 //! What a worker remembers of users' tokens, so that a request needs no look into the store.
 
 use std::{
-    hash::{DefaultHasher, Hash, Hasher},
-    num::NonZeroUsize,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
-use lru::LruCache;
-use mcp_shared::{
-    error::WorkerError,
-    ids::{ServerName, UserId},
-    limits,
-    remote::OAuthTokens,
-    store::Versioned,
-    timestamp::Timestamp,
-};
+use mcp_shared::{error::WorkerError, limits, remote::OAuthTokens, store::Versioned, timestamp::Timestamp};
 use tokio::time::Instant;
 
 use super::Bearer;
-
-/// Generations are counted for groups of users; see `secrets.rs`.
-const GENERATIONS: usize = 256;
-
-/// Whose tokens for which server.
-pub type Key = (UserId, ServerName);
+pub use crate::remembered::Key;
+use crate::remembered::Remembered;
 
 /// Tokens as they were when they were read.
 pub struct Tokens {
@@ -82,60 +65,7 @@ impl Tokens {
 }
 
 /// Tokens by user and server; `None`: the user has none.
-pub struct Cache {
-    entries: Mutex<LruCache<Key, Option<Arc<Tokens>>>>,
-    generations: [AtomicU64; GENERATIONS],
-}
-
-impl Cache {
-    /// Remembers nothing yet.
-    pub fn new() -> Self {
-        let size = NonZeroUsize::new(limits::SECRET_CACHE).unwrap_or(NonZeroUsize::MIN);
-        Self {
-            entries: Mutex::new(LruCache::new(size)),
-            generations: std::array::from_fn(|_| AtomicU64::new(0)),
-        }
-    }
-
-    /// What is remembered; the outer `None`: nothing.
-    pub fn get(&self, key: &Key) -> Option<Option<Arc<Tokens>>> {
-        lock(&self.entries).get(key).cloned()
-    }
-
-    /// To be asked before the store is, and handed to [`Cache::put`].
-    pub fn generation(&self, key: &Key) -> u64 {
-        self.counter(key).load(Ordering::Acquire)
-    }
-
-    /// Remembers what was read or written, unless it may have changed since `generation`.
-    pub fn put(&self, key: &Key, generation: u64, tokens: Option<Arc<Tokens>>) {
-        let mut entries = lock(&self.entries);
-        if self.generation(key) == generation {
-            entries.put(key.clone(), tokens);
-        }
-    }
-
-    /// Forgets one user's tokens for a server.
-    pub fn forget(&self, key: &Key) {
-        self.counter(key).fetch_add(1, Ordering::AcqRel);
-        lock(&self.entries).pop(key);
-    }
-
-    /// Forgets everything.
-    pub fn forget_all(&self) {
-        for generation in &self.generations {
-            generation.fetch_add(1, Ordering::AcqRel);
-        }
-        lock(&self.entries).clear();
-    }
-
-    fn counter(&self, key: &Key) -> &AtomicU64 {
-        let mut hasher = DefaultHasher::new();
-        key.0.hash(&mut hasher);
-        let index = usize::try_from(hasher.finish() % GENERATIONS as u64).unwrap_or(0);
-        &self.generations[index]
-    }
-}
+pub type Cache = Remembered<Option<Arc<Tokens>>>;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)

@@ -17,7 +17,7 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-use super::{Entry, lock};
+use super::{Entry, annotations::Repeatable, lock};
 use crate::{
     group::{Group, current},
     host::{Host, fingerprint},
@@ -196,6 +196,7 @@ impl Entry {
     pub fn set_stored_tools(&self, tools: RawJson) {
         if self.load().is_none() {
             let mut listing = lock(&self.listing);
+            listing.repeatable = Repeatable::of(Some(&tools));
             listing.tools = Some(tools);
             listing.listed = None;
             listing.of = None;

@@ -137,7 +137,7 @@ async fn a_resync_finds_everything_that_was_missed() {
     cluster.change(&kept, |record| record.description = "changed".to_owned()).await;
     cluster.set_secret("ann", &own, "token", "the second value").await;
     cluster.set_secret("ann", &kept, "token", "the second value").await;
-    node.worker.resync().await.unwrap();
+    node.worker.resync(true).await.unwrap();
 
     assert!(node.load(&removed).is_none());
     let refused = node.offer(&removed, "ann", "echo", Placing::Take).await.unwrap_err();
@@ -148,7 +148,7 @@ async fn a_resync_finds_everything_that_was_missed() {
     assert_eq!(seen().await.unwrap(), r#"{"token":"the second value"}"#);
     // What did not change was left alone.
     assert_eq!(cluster.lines("kept.starts").len(), 1);
-    node.worker.resync().await.unwrap();
+    node.worker.resync(true).await.unwrap();
     assert_eq!(token().await.unwrap(), "the second value");
     assert_eq!(cluster.lines("own.starts").len(), 2);
     node.stop().await;
