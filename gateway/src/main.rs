@@ -27,7 +27,7 @@ use mcp_shared::{
 use mcp_worker::program;
 use tokio::{
     net::TcpListener,
-    time::{Instant, timeout, timeout_at},
+    time::{Instant, sleep, timeout, timeout_at},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -93,7 +93,8 @@ async fn run(settings: &Settings) -> ExitCode {
     let changes = TaskTracker::new();
     let api = serve::Api::starting(router::starting(Arc::clone(&allowed)));
     // From now on, so that an orchestrator sees what a start is waiting for.
-    let serving = tokio::spawn(serve::serve(listener, api.clone(), stop.clone()));
+    let closed = CancellationToken::new();
+    let serving = tokio::spawn(serve::serve(listener, api.clone(), stop.clone(), closed.clone()));
     let (backend, app) = match start(settings, changes.clone(), &stop).await {
         Ok(started) => started,
         Err(error) => return error.report(),
@@ -104,6 +105,12 @@ async fn run(settings: &Settings) -> ExitCode {
     // Nothing waits for it: it may take long, and fail, while calls are taken.
     tokio::spawn(install_on_start::run(app, settings.packages.install_on_start.clone()));
     stop.cancelled().await;
+    let notice = settings.shutdown_notice;
+    if !notice.is_zero() {
+        tracing::info!(seconds = notice.as_secs(), "requests are still taken until others have noticed");
+        sleep(notice).await;
+    }
+    closed.cancel();
 
     let Ok(open) = serving.await else { return ExitCode::FAILURE };
     let drained = Instant::now() + settings.shutdown_timeout;

@@ -1,12 +1,14 @@
 //! The HTTP server: connections within limits, and a stop that lets requests finish.
 
 use std::{
+    convert::Infallible,
     io,
     sync::{Arc, OnceLock},
     time::Duration,
 };
 
 use axum::Router;
+use http::{HeaderValue, header};
 use hyper::server::conn::http1;
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
@@ -14,12 +16,20 @@ use hyper_util::{
     service::TowerToHyperService,
 };
 use mcp_shared::limits;
-use tokio::{net::TcpListener, sync::Semaphore};
+use nix::sys::socket::{setsockopt, sockopt};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::Semaphore,
+    time::Instant,
+};
 use tokio_util::sync::CancellationToken;
 use tower::{ServiceExt, service_fn};
 
 /// How long to wait before accepting again when the system has no more descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// How long connections are taken that were made before the listener was closed.
+const LATECOMERS: Duration = Duration::from_millis(250);
 
 /// What is served: until it is set, `/healthz` and the news that the program still starts.
 #[derive(Clone)]
@@ -45,9 +55,15 @@ impl Api {
     }
 }
 
-/// Serves until `stop`; then takes no more connections and returns those that are open, to be waited
-/// for.
-pub async fn serve(listener: TcpListener, api: Api, stop: CancellationToken) -> GracefulShutdown {
+/// Serves until `closed`; then takes no more connections and returns those that are open, to be waited
+/// for. From `leaving` on every answer is the last one of its connection, so that clients come back to
+/// somebody else.
+pub async fn serve(
+    listener: TcpListener,
+    api: Api,
+    leaving: CancellationToken,
+    closed: CancellationToken,
+) -> GracefulShutdown {
     let graceful = GracefulShutdown::new();
     let room = Arc::new(Semaphore::new(limits::CONNECTIONS));
     let mut http = http1::Builder::new();
@@ -56,11 +72,18 @@ pub async fn serve(listener: TcpListener, api: Api, stop: CancellationToken) -> 
         // Twice what is allowed: what is only a little too large gets a proper answer from the edge.
         .max_headers(2 * limits::HEADER_COUNT)
         .max_buf_size(2 * (limits::HEAD_BYTES + limits::URI_BYTES));
+    let mut newest: Option<Instant> = None;
+    let mut closing: Option<Instant> = None;
     loop {
         let accepted = tokio::select! {
+            // Who has knocked before the door was closed is let in.
+            biased;
             accepted = listener.accept() => accepted,
-            () = stop.cancelled() => break,
+            () = closed.cancelled() => break,
         };
+        if closed.is_cancelled() && closing.get_or_insert_with(Instant::now).elapsed() >= LATECOMERS {
+            break;
+        }
         let stream = match accepted {
             Ok((stream, _)) => stream,
             Err(error) => {
@@ -73,10 +96,19 @@ pub async fn serve(listener: TcpListener, api: Api, stop: CancellationToken) -> 
         };
         // Those who are being served come before those who knock.
         let Ok(permit) = Arc::clone(&room).try_acquire_owned() else { continue };
-        // Small answers must not wait for the client's delayed acknowledgement.
-        let _ = stream.set_nodelay(true);
-        let api = api.clone();
-        let service = TowerToHyperService::new(service_fn(move |request| api.now().oneshot(request)));
+        tune(&stream);
+        newest = Some(Instant::now());
+        let (api, leaving) = (api.clone(), leaving.clone());
+        let service = TowerToHyperService::new(service_fn(move |request| {
+            let (api, leaving) = (api.now(), leaving.clone());
+            async move {
+                let mut answer: axum::response::Response = api.oneshot(request).await?;
+                if leaving.is_cancelled() {
+                    answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+                }
+                Ok::<_, Infallible>(answer)
+            }
+        }));
         let connection = graceful.watch(http.serve_connection(TokioIo::new(stream), service));
         tokio::spawn(async move {
             if let Err(error) = connection.await {
@@ -85,7 +117,31 @@ pub async fn serve(listener: TcpListener, api: Api, stop: CancellationToken) -> 
             drop(permit);
         });
     }
+    // Nobody can knock any more. Who was let in just now has a moment to say what for: a connection without a
+    // request would be closed at once.
+    drop(listener);
+    if newest.is_some_and(|newest| newest.elapsed() < LATECOMERS) {
+        tokio::time::sleep(LATECOMERS).await;
+    }
     graceful
+}
+
+/// Small answers do not wait for the client's delayed acknowledgement, and a client that is gone, or reads no
+/// more, does not hold its connection for ever.
+fn tune(stream: &TcpStream) {
+    let _ = stream.set_nodelay(true);
+    let seconds = |time: Duration| u32::try_from(time.as_secs()).unwrap_or(u32::MAX);
+    let millis = u32::try_from(limits::UNREAD_TIMEOUT.as_millis()).unwrap_or(u32::MAX);
+    let set = || -> nix::Result<()> {
+        setsockopt(stream, sockopt::KeepAlive, &true)?;
+        setsockopt(stream, sockopt::TcpKeepIdle, &seconds(limits::KEEPALIVE))?;
+        setsockopt(stream, sockopt::TcpKeepInterval, &seconds(limits::KEEPALIVE))?;
+        setsockopt(stream, sockopt::TcpKeepCount, &limits::KEEPALIVE_PROBES)?;
+        setsockopt(stream, sockopt::TcpUserTimeout, &millis)
+    };
+    if let Err(error) = set() {
+        tracing::debug!(error.cause = %error, "a connection could not be tuned");
+    }
 }
 
 fn is_of_one_connection(error: &io::Error) -> bool {

@@ -37,6 +37,9 @@ pub use variables::{Group, Since, Variable, find, help_text, markdown_table};
 /// The file that is read when it exists and no other is named.
 pub const DEFAULT_ENV_FILE: &str = ".env";
 
+/// How long balancers have to see that one of several gateways is about to stop, where nobody says otherwise.
+const NOTICE: Duration = Duration::from_secs(3);
+
 /// Who is let in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Auth {
@@ -96,6 +99,8 @@ pub struct Settings {
     pub payload_limit: usize,
     /// How long calls in flight have to finish when the program stops.
     pub shutdown_timeout: Duration,
+    /// How long requests are still taken before that, so that others can see it coming.
+    pub shutdown_notice: Duration,
     /// Folder of everything that this machine keeps.
     pub data_dir: PathBuf,
     /// Which store.
@@ -213,6 +218,7 @@ impl Settings {
         let allowed_origins = reader.optional("ALLOWED_ORIGINS", parse::allowed_origins).unwrap_or_default();
         let payload_limit = reader.required("PAYLOAD_LIMIT", parse::size);
         let shutdown_timeout = reader.required("SHUTDOWN_TIMEOUT_SECONDS", parse::seconds);
+        let shutdown_notice = reader.optional("SHUTDOWN_NOTICE_SECONDS", parse::seconds_or_none);
         let data_dir = reader.required("DATA_DIR", parse::path);
         let secrets_key = reader.raw("SECRETS_KEY").map(SecretString::from);
         let secrets_keys_file = reader.optional("SECRETS_KEYS_FILE", parse::path);
@@ -281,6 +287,7 @@ impl Settings {
             allowed_origins,
             payload_limit,
             shutdown_timeout,
+            shutdown_notice: shutdown_notice.unwrap_or(if bus.is_some() { NOTICE } else { Duration::ZERO }),
             data_dir,
             store,
             bus,

@@ -170,6 +170,12 @@ table! {
     OAUTH_REFRESH_TAKEOVER: Duration = Duration::from_secs(40);
     /// For how long after it was granted a slot counts as the wait that routers see.
     SLOT_WAIT_SHOWN: Duration = Duration::from_secs(1);
+    /// How long a client may leave what it is sent unread, or unacknowledged; then its connection is closed.
+    UNREAD_TIMEOUT: Duration = Duration::from_secs(30);
+    /// How often a silent client's connection is tried out.
+    KEEPALIVE: Duration = Duration::from_secs(15);
+    /// How often in vain until it is given up.
+    KEEPALIVE_PROBES: u32 = 3;
     /// How long a client may take to send the head of a request.
     HEADER_TIMEOUT: Duration = Duration::from_secs(10);
     /// How long a client may take to send the body of a request.

@@ -17,8 +17,12 @@ pub async fn healthz() -> Response {
     json_response(StatusCode::OK, &json!({"status": "ok"}))
 }
 
-/// `GET /readyz`: the store can be written, and workers can be reached that take calls; otherwise 503 that names what not.
+/// `GET /readyz`: the store can be written, workers can be reached that take calls, and the program is not
+/// about to stop; otherwise 503 that names what not.
 pub async fn readyz(State(app): State<Arc<App>>) -> Result<Response, Problem> {
+    if app.stop.is_cancelled() {
+        return Err(WorkerError::new(ErrorCode::ShuttingDown, "Not ready: this program is stopping").into());
+    }
     let (worker, store) = tokio::join!(app.worker.ready(), app.vault.ping());
     let mut missing = Vec::new();
     let mut code = ErrorCode::StoreUnavailable;

@@ -195,6 +195,11 @@ pub(super) fn seconds(text: &str) -> Result<Duration, Valid> {
     number.map(Duration::from_secs).ok_or("a whole number of seconds from 1 to 600")
 }
 
+pub(super) fn seconds_or_none(text: &str) -> Result<Duration, Valid> {
+    let number = whole(text).filter(|number| (0..=600).contains(number));
+    number.map(Duration::from_secs).ok_or("a whole number of seconds from 0 to 600")
+}
+
 pub(super) fn log_format(text: &str) -> Result<LogFormat, Valid> {
     match text.to_ascii_lowercase().as_str() {
         "auto" => Ok(LogFormat::Auto),

@@ -71,6 +71,15 @@ pub const VARIABLES: &[Variable] = &[
         "How long calls in flight have to finish when the program stops; from 1 to 600.",
     ),
     plain(
+        "SHUTDOWN_NOTICE_SECONDS",
+        "3 with NATS_URL, else 0",
+        Group::Http,
+        Since::Now,
+        "How long a gateway that was told to stop goes on taking requests before that, while /readyz says 503 and \
+         every answer closes its connection: balancers and clients move to another gateway without losing a \
+         request. From 0 to 600; longer than a balancer needs to notice.",
+    ),
+    plain(
         "DATA_DIR",
         "./data",
         Group::Storage,

@@ -43,6 +43,7 @@ fn nothing_set_gives_the_defaults() {
     assert_eq!(settings.data_dir, Path::new("./data"));
     assert_eq!(settings.payload_limit, 6 * 1024 * 1024);
     assert_eq!(settings.shutdown_timeout, Duration::from_secs(30));
+    assert_eq!(settings.shutdown_notice, Duration::ZERO);
     assert_eq!(settings.log_format, LogFormat::Auto);
     assert!(settings.secrets_key.is_none() && settings.secrets_keys_file.is_none());
     assert!(settings.legacy.is_none() && settings.log_filter.is_none());
@@ -68,6 +69,7 @@ fn every_value_is_read() {
         ("ALLOWED_ORIGINS", "https://App.example.com:443,http://localhost:3000,chrome-extension://abc"),
         ("PAYLOAD_LIMIT", "512KB"),
         ("SHUTDOWN_TIMEOUT_SECONDS", " 600 "),
+        ("SHUTDOWN_NOTICE_SECONDS", "20"),
         ("DATA_DIR", "/srv/mcp data"),
         ("SECRETS_KEYS_FILE", "/run/keys"),
         ("LEGACY_SECRETS", "ro"),
@@ -98,6 +100,7 @@ fn every_value_is_read() {
     );
     assert_eq!(settings.payload_limit, 512 * 1024);
     assert_eq!(settings.shutdown_timeout, Duration::from_secs(600));
+    assert_eq!(settings.shutdown_notice, Duration::from_secs(20));
     assert_eq!(settings.data_dir, Path::new("/srv/mcp data"));
     assert_eq!(settings.secrets_keys_file.as_deref(), Some(Path::new("/run/keys")));
     assert!(matches!(settings.legacy, Some(LegacyMode::Ro)));
@@ -211,6 +214,7 @@ fn bad_values_are_refused_with_what_would_be_valid() {
         ("PAYLOAD_LIMIT", "2gb", "from 1kb to 1gb"),
         ("SHUTDOWN_TIMEOUT_SECONDS", "0", "from 1 to 600"),
         ("SHUTDOWN_TIMEOUT_SECONDS", "601", "from 1 to 600"),
+        ("SHUTDOWN_NOTICE_SECONDS", "601", "from 0 to 600"),
         ("SHUTDOWN_TIMEOUT_SECONDS", "1.5", "from 1 to 600"),
         ("LEGACY_SECRETS", "on", "rw, ro or off"),
         ("DEBUG", "maybe", "true or false"),
