@@ -116,6 +116,8 @@ pub struct Caller {
     /// Workers that said that they have no room, each as often as it did.
     full: Vec<WorkerId>,
     refused: Option<WorkerError>,
+    /// Workers that cannot start the server.
+    unable: u32,
     /// It may be made again when nobody knows what became of it.
     repeatable: bool,
     /// A worker was lost that had begun it.
@@ -135,6 +137,7 @@ impl Caller {
             wish: Wish::default(),
             full: Vec::new(),
             refused: None,
+            unable: 0,
             repeatable: false,
             may_have_run: false,
         }
@@ -382,6 +385,17 @@ impl Caller {
                 }
             }
             Refusal::Busy { error } => {
+                let unable = !matches!(
+                    error.code,
+                    ErrorCode::Overloaded | ErrorCode::NoWorker | ErrorCode::ShuttingDown
+                );
+                if unable {
+                    // It cannot be started there. Where two workers cannot, others are not tried.
+                    self.unable += 1;
+                    if self.unable > 1 {
+                        return self.end(error, Outcome::NotStarted);
+                    }
+                }
                 self.refused = Some(error);
                 self.full.push(worker.clone());
                 self.wish.avoid.push(worker);

@@ -90,7 +90,7 @@ impl Refusal {
 /// A call that was admitted. Dropping it gives it up; nothing was started then.
 #[derive(Debug)]
 pub struct Reservation {
-    held: oneshot::Receiver<()>,
+    held: oneshot::Receiver<Result<(), Refusal>>,
     arguments: oneshot::Sender<RawJson>,
     stream: CallStream,
     limit: Duration,
@@ -101,7 +101,7 @@ impl Reservation {
     /// Joins the ends that the worker's call task has the other sides of. `limit` is the call's whole time;
     /// `repeatable` says whether it may be made again when nobody knows what became of it.
     pub fn new(
-        held: oneshot::Receiver<()>,
+        held: oneshot::Receiver<Result<(), Refusal>>,
         arguments: oneshot::Sender<RawJson>,
         stream: CallStream,
         limit: Duration,
@@ -123,8 +123,8 @@ impl Reservation {
     /// Waits, within the call's time, until the call holds a slot. An error is the call's end: it could
     /// not be started.
     pub async fn held(&mut self) -> Result<(), Refusal> {
-        if (&mut self.held).await.is_ok() {
-            return Ok(());
+        if let Ok(held) = (&mut self.held).await {
+            return held;
         }
         let ended = std::future::poll_fn(|context| self.stream.poll_end(context)).await;
         let error = ended.or_outcome(Outcome::NotStarted);

@@ -7,7 +7,7 @@ use std::{
 
 use mcp_shared::{
     error::{ErrorCode, Outcome, WorkerError},
-    hosting::CallOffer,
+    hosting::{CallOffer, Refusal},
     ids::UserId,
     json::RawJson,
     limits,
@@ -60,7 +60,7 @@ pub struct Call {
 /// What a call still waits for when it has a slot.
 pub struct Go {
     /// Hears of the first slot.
-    pub held: Option<oneshot::Sender<()>>,
+    pub held: Option<oneshot::Sender<Result<(), Refusal>>>,
     /// What comes then.
     pub arguments: oneshot::Receiver<RawJson>,
 }
@@ -90,7 +90,7 @@ impl Call {
     async fn replay(&self, mut go: Go, ended: Result<RawJson, WorkerError>) -> Result<RawJson, WorkerError> {
         // Whoever brings the call has to go through its steps before it takes an answer.
         if let Some(held) = go.held.take() {
-            let _ = held.send(());
+            let _ = held.send(Ok(()));
         }
         self.wait_for_arguments(&mut go).await?;
         let _ = self.events.try_send(CallEvent::Replayed);
@@ -157,6 +157,12 @@ impl Call {
             slot = group.slot(self.deadline) => slot.map_err(|no_slot| match no_slot {
                 NoSlot::Retired => Attempt::Replaced,
                 NoSlot::Denied(denied) => Attempt::Failed(denied.into_error()),
+                NoSlot::Unable(error) => {
+                    if let Some(held) = go.held.take() {
+                        let _ = held.send(Err(Refusal::Busy { error: error.clone() }));
+                    }
+                    Attempt::Failed(error)
+                }
                 NoSlot::Error(error) => Attempt::Failed(error),
             })?,
             () = self.cancelled.cancelled() => return Err(cancelled(Outcome::NotStarted).into()),
@@ -164,7 +170,7 @@ impl Call {
         self.check_lease(&group)?;
         if let Some(held) = go.held.take() {
             // Who does not care for the slot has sent the arguments already.
-            let _ = held.send(());
+            let _ = held.send(Ok(()));
         }
         let arguments = match given {
             Some(arguments) => arguments,

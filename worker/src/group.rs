@@ -112,6 +112,8 @@ pub enum NoSlot {
     Retired,
     /// This worker may not run it.
     Denied(Denied),
+    /// It cannot be started here; another worker may be able to.
+    Unable(WorkerError),
     /// For the caller.
     Error(WorkerError),
 }

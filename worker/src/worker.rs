@@ -289,7 +289,7 @@ impl Worker {
                 Err(NoSlot::Retired) if Instant::now() < deadline => entry.settled().await,
                 Err(NoSlot::Retired) => return Ok(entry.report()),
                 // Why it does not run stands in the report.
-                Ok(()) | Err(NoSlot::Error(_)) => return Ok(entry.report()),
+                Ok(()) | Err(NoSlot::Unable(_) | NoSlot::Error(_)) => return Ok(entry.report()),
                 // It runs, or may run, elsewhere: the report of this worker would say nothing.
                 Err(NoSlot::Denied(denied)) => return Err(denied.into_error()),
             }

@@ -8,7 +8,7 @@ use std::{
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::deployment::{Deployment, PATIENCE, alive, eventually};
+use crate::deployment::{Data, Deployment, PATIENCE, alive, eventually};
 
 async fn pid_of(api: &Deployment, user: &str, server: &str) -> Option<i32> {
     let answer = api.call_as(user, server, "pid", json!({})).await;
@@ -140,4 +140,37 @@ async fn users_share_the_workers() {
         assert_eq!(pid_of(&api, user, "own").await.unwrap(), first);
         assert!(pids.contains(&first));
     }
+}
+
+/// A program that one worker has, and the others have not: whoever ranks first, calls find it.
+#[tokio::test]
+async fn what_does_not_start_on_one_worker_may_start_on_another() {
+    let mut api = Deployment::builder().workers(1).start().await;
+    let without = api.workers()[0].id.clone();
+    let tools = Data::new();
+    std::os::unix::fs::symlink(std::env::current_exe().unwrap(), tools.path().join("only-there")).unwrap();
+    let path = format!("{}:{}", tools.path().display(), std::env::var("PATH").unwrap());
+    api.add_worker_with(&[("PATH", path.as_str())]).await;
+    let with = api.workers()[1].id.clone();
+    let tried = async |name: &str| {
+        let server = api.server(name).await;
+        let instances = server["instances"].as_array().unwrap().clone();
+        instances.iter().any(|one| one["workerId"] == without.as_str())
+    };
+    let mut name = String::new();
+    for at in 0..64 {
+        name = format!("rare-{at}");
+        api.register_fixture(&name, &["--more"], json!({"command": "only-there"})).await.ok();
+        if tried(&name).await {
+            break;
+        }
+    }
+    assert!(tried(&name).await, "no server falls to the first worker");
+    assert_eq!(api.call(&name, "echo", json!({"text": "hi"})).await.tool_text(), "hi");
+    assert_eq!(api.owners_of(&name).await, [with]);
+
+    // What nobody has is not looked for for ever, and the answer is the one of a single node.
+    api.register_fixture("nowhere", &[], json!({"command": "/nowhere/at/all"})).await.ok();
+    let answer = api.call("nowhere", "echo", json!({"text": "hi"})).await.fails(502, "server_unavailable");
+    assert_eq!(answer.json()["outcome"], "not_started", "{}", answer.text);
 }

@@ -142,7 +142,7 @@ impl Hosting for Echo {
         let started = Arc::clone(&self.started);
         let about = json!({"server": offer.server, "user": context.user, "worker": self.id});
         tokio::spawn(async move {
-            let _ = tell.send(());
+            let _ = tell.send(Ok(()));
             let work = async {
                 let arguments = go.await.ok()?;
                 started.fetch_add(1, Ordering::AcqRel);

@@ -4,7 +4,7 @@
 use std::{sync::Arc, time::Duration};
 
 use mcp_shared::{
-    error::{ErrorCode, WorkerError},
+    error::{ErrorCode, Outcome, WorkerError},
     limits,
     package::PackageRef,
     server::{ServerRecord, Transport},
@@ -78,7 +78,7 @@ impl Group {
                     (None, Some(trouble))
                         if !pause.is_zero() && (trouble.at_start || now + pause >= deadline) =>
                     {
-                        return Err(not_started(self.unavailable(trouble, pause)));
+                        return Err(self.no_start(trouble, pause));
                     }
                     _ if !pause.is_zero() => Wait::Until(now + pause),
                     _ => Wait::Busy(
@@ -311,6 +311,17 @@ impl Group {
 
     fn is_complete(&self, state: &State) -> bool {
         state.instances.len() >= current(&self.record).instance_limit()
+    }
+
+    /// Why there is no process. What has the user or the place of a remote server to do with it is the same
+    /// everywhere; a program that does not start here may start where another Node, or more disk, is.
+    fn no_start(&self, trouble: &Trouble, pause: Duration) -> NoSlot {
+        let error = self.unavailable(trouble, pause).outcome(Outcome::NotStarted);
+        if trouble.missing.is_empty() && !current(&self.record).is_remote() {
+            NoSlot::Unable(error)
+        } else {
+            NoSlot::Error(error)
+        }
     }
 
     /// What a caller is told. Why it fails stands in the server's document, for those who run it.

@@ -72,7 +72,7 @@ async fn refusals_say_who_might_do_better() {
         assert_eq!((error.code, error.outcome), (code, Some(Outcome::NotStarted)));
     }
     let refused = node.call(&broken, "ann", "echo", json!({}), Placing::Take).await.unwrap_err();
-    let Refusal::Error { error } = refused else { panic!("{refused:?}") };
+    let Refusal::Busy { error } = refused else { panic!("{refused:?}") };
     assert_eq!((error.code, error.outcome), (ErrorCode::ServerUnavailable, Some(Outcome::NotStarted)));
     node.worker.drain();
     let refused = node.offer(&broken, "ann", "echo", Placing::Take).await.unwrap_err();
