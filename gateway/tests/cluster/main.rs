@@ -14,8 +14,12 @@ mod deployment;
 mod durability;
 #[path = "../it/edge.rs"]
 mod edge;
+#[path = "../it/footprint.rs"]
+mod footprint;
 #[path = "../it/framing.rs"]
 mod framing;
+#[path = "../it/hostile_children.rs"]
+mod hostile_children;
 #[path = "../it/idempotency.rs"]
 mod idempotency;
 #[path = "../it/lifecycle.rs"]
