@@ -8,6 +8,8 @@
 mod calls;
 #[path = "../it/compat.rs"]
 mod compat;
+#[path = "../it/cycles.rs"]
+mod cycles;
 #[path = "../it/deployment.rs"]
 mod deployment;
 #[path = "../it/durability.rs"]

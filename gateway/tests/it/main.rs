@@ -6,6 +6,7 @@
 
 mod calls;
 mod compat;
+mod cycles;
 mod deployment;
 mod durability;
 mod edge;
