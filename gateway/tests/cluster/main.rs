@@ -4,6 +4,8 @@
 // A test that cannot set up what it needs has failed, and a panic is how it says so.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "../it/acknowledged.rs"]
+mod acknowledged;
 #[path = "../it/calls.rs"]
 mod calls;
 #[path = "../it/compat.rs"]

@@ -4,6 +4,7 @@
 // A test that cannot set up what it needs has failed, and a panic is how it says so.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod acknowledged;
 mod calls;
 mod compat;
 mod cycles;
@@ -14,6 +15,7 @@ mod embedded;
 mod fixture;
 mod footprint;
 mod framing;
+mod full_disk;
 mod hostile_children;
 mod idempotency;
 mod lifecycle;
