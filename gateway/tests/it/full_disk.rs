@@ -16,6 +16,9 @@ use crate::{
     packages,
 };
 
+/// Bytes of a page of the data file.
+const PAGE: usize = 4_096;
+
 /// A disk of its own, small enough to be full.
 struct Disk(TempDir);
 
@@ -154,18 +157,14 @@ async fn a_damaged_file_is_refused_with_a_way_out_and_left_as_it_is() {
     assert!(api.stop().await.success());
     let file = data.path().join("data").join("mcp-api.db");
     let sound = fs::read(&file).unwrap();
-    let page = 4_096;
-    let damages: [(&str, Box<dyn Fn(&mut Vec<u8>)>); 4] = [
-        ("noise instead of the first page", Box::new(move |file| file[..page].fill(0x5A))),
-        (
-            "noise in the middle",
-            Box::new(move |file| {
-                let at = file.len() / 2 / page * page;
-                file[at..at + page].fill(0x5A);
-            }),
-        ),
-        ("half of it", Box::new(|file| file.truncate(file.len() / 2))),
-        ("another file", Box::new(|file| *file = b"this is no database".repeat(1_000))),
+    let damages: [(&str, fn(&mut Vec<u8>)); 4] = [
+        ("noise instead of the first page", |file| file[..PAGE].fill(0x5A)),
+        ("noise in the middle", |file| {
+            let at = file.len() / 2 / PAGE * PAGE;
+            file[at..at + PAGE].fill(0x5A);
+        }),
+        ("half of it", |file| file.truncate(file.len() / 2)),
+        ("another file", |file| *file = b"this is no database".repeat(1_000)),
     ];
     for (what, damage) in damages {
         let mut damaged = sound.clone();

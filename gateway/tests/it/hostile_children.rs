@@ -3,6 +3,8 @@
 //!
 //! The ways stand in tables; [`mcp_shared::testing::fixture::hostile`] says what each of them does.
 
+#![allow(clippy::print_stdout, reason = "which of them it was shows only when the test fails")]
+
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use mcp_shared::limits;
@@ -321,4 +323,28 @@ async fn a_process_that_is_only_busy_is_left_alone() {
     given_up.fails(504, "deadline_exceeded");
     assert!(busy.ok().text.contains("answered all the same"));
     assert_eq!(api.pids("hostile").await, old);
+}
+
+/// Whoever runs a server is told what nobody else hears of.
+#[tokio::test]
+async fn floods_are_noted_in_their_servers_log() {
+    let api = Deployment::start().await;
+    api.add_fixture("noisy", &["--more"], json!({})).await;
+    assert_eq!(api.call("noisy", "garbage", json!({"lines": 20_000})).await.tool_text(), "garbage");
+    let body =
+        json!({"serverName": "noisy", "methodName": "progress", "args": {"steps": 20_000, "delayMs": 0}});
+    let request = api.request(Method::POST, "/mcp/tool/call").header("Accept", "text/event-stream");
+    assert!(api.send(request.json(&body)).await.ok().text.contains("event: result"));
+    let logs = api.server("noisy").await["logs"].to_string();
+    for note in ["that are no messages", "reports progress more than 1000 times a second"] {
+        assert!(logs.contains(note), "{note}: {logs}");
+    }
+    // In the end it is said how much there was.
+    let pid = api.pids("noisy").await[0];
+    api.call("noisy", "crash", json!({})).await.fails(502, "server_crashed");
+    eventually("it is said how much was ignored", async || {
+        !alive(pid)
+            && api.server("noisy").await["logs"].to_string().contains("meant nothing and were ignored")
+    })
+    .await;
 }
