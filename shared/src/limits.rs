@@ -76,6 +76,20 @@ table! {
     RESTART_BACKOFF_MAX: Duration = Duration::from_secs(60);
     /// A process that ran for this long before it died is not in a crash loop.
     STABLE_AFTER: Duration = Duration::from_secs(60);
+    /// How long a process may say nothing before it is asked for a sign of life, while calls wait for it; and how
+    /// often it is asked then.
+    PING_INTERVAL: Duration = Duration::from_secs(5);
+    /// A process that owes so many such signs is replaced, once all calls that it had when it fell silent had their
+    /// time, and the time that a call of the server has by default is over, too.
+    PINGS_MISSED: u32 = 3;
+    /// Lines a second on a server's standard output that are no messages; more of them are noted as a fault.
+    NOISE_PER_SECOND: u32 = 100;
+    /// Progress reports a second that one connection passes on. Further ones are dropped, results never.
+    PROGRESS_PER_SECOND: u32 = 1_000;
+    /// Bytes of one file that a server writes, as a soft limit that the server may raise.
+    CHILD_FILE_BYTES: u64 = 16 * 1024 * 1024 * 1024;
+    /// How much rather the kernel ends a server than the worker when memory runs out (`oom_score_adj`).
+    CHILD_OOM_SCORE: i32 = 500;
     /// Entries of the cache of (still encrypted) secrets, by user and server.
     SECRET_CACHE: usize = 20_000;
     /// For how long after the store of a fleet last answered what is remembered of secrets may be used. (That

@@ -177,6 +177,7 @@ impl Call {
             None => given.insert(self.wait_for_arguments(go).await?),
         };
         let instance = Arc::clone(&slot.instance);
+        instance.expect_until(self.deadline);
         let busy = Busy::new(&group, &slot.instance);
         if slot.instance.is_leaving() {
             return Err(Attempt::Again);

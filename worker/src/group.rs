@@ -37,6 +37,7 @@ use crate::{
 
 mod owning;
 mod queue;
+mod silence;
 mod slots;
 mod starting;
 mod upkeep;

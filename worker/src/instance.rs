@@ -5,7 +5,7 @@ use std::{
     collections::BTreeMap,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -95,6 +95,8 @@ pub struct Instance {
     pub slots: AtomicUsize,
     /// Calls that were cancelled and that it did not give up in time. Each may still keep it busy.
     pub ignored_cancels: AtomicUsize,
+    /// The latest deadline of all calls so far, in milliseconds since `started`.
+    last_deadline: AtomicU64,
     tools: Mutex<RawJson>,
     leaving: AtomicBool,
     stopping: AtomicBool,
@@ -227,6 +229,7 @@ impl Instance {
             in_flight: AtomicUsize::new(0),
             slots: AtomicUsize::new(0),
             ignored_cancels: AtomicUsize::new(0),
+            last_deadline: AtomicU64::new(0),
             tools: Mutex::new(tools),
             leaving: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
@@ -254,6 +257,22 @@ impl Instance {
             http.set_tools(&tools);
         }
         *self.tools.lock().unwrap_or_else(PoisonError::into_inner) = tools;
+    }
+
+    /// Notes until when somebody may wait for a call that is about to begin.
+    pub fn expect_until(&self, deadline: Instant) {
+        let time = deadline.saturating_duration_since(self.started).as_millis();
+        self.last_deadline.fetch_max(u64::try_from(time).unwrap_or(u64::MAX), Ordering::AcqRel);
+    }
+
+    /// When all calls that were begun so far have had their time.
+    pub fn last_deadline(&self) -> Instant {
+        self.started + Duration::from_millis(self.last_deadline.load(Ordering::Acquire))
+    }
+
+    /// Whether no call is in flight.
+    pub fn is_idle(&self) -> bool {
+        self.in_flight.load(Ordering::Acquire) == 0
     }
 
     /// Whether calls can begin on it.

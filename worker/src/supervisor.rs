@@ -35,6 +35,7 @@ use tokio::{
 use zeroize::Zeroizing;
 
 mod process;
+mod restrictions;
 
 pub use process::run;
 

@@ -4,20 +4,28 @@
 // A test that cannot set up what it needs has failed, and a panic is how it says so.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "../it/acknowledged.rs"]
+mod acknowledged;
 #[path = "../it/annotations.rs"]
 mod annotations;
 #[path = "../it/calls.rs"]
 mod calls;
 #[path = "../it/compat.rs"]
 mod compat;
+#[path = "../it/cycles.rs"]
+mod cycles;
 #[path = "../it/deployment.rs"]
 mod deployment;
 #[path = "../it/durability.rs"]
 mod durability;
 #[path = "../it/edge.rs"]
 mod edge;
+#[path = "../it/footprint.rs"]
+mod footprint;
 #[path = "../it/framing.rs"]
 mod framing;
+#[path = "../it/hostile_children.rs"]
+mod hostile_children;
 #[path = "../it/idempotency.rs"]
 mod idempotency;
 #[path = "../it/lifecycle.rs"]

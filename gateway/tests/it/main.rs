@@ -4,15 +4,20 @@
 // A test that cannot set up what it needs has failed, and a panic is how it says so.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod acknowledged;
 mod annotations;
 mod calls;
 mod compat;
+mod cycles;
 mod deployment;
 mod durability;
 mod edge;
 mod embedded;
 mod fixture;
+mod footprint;
 mod framing;
+mod full_disk;
+mod hostile_children;
 mod idempotency;
 mod lifecycle;
 mod logins;

@@ -13,7 +13,10 @@ use nix::{
 };
 use serde_json::{Value, json};
 
-use crate::deployment::{Deployment, alive, eventually, fixture};
+use crate::{
+    deployment::{Deployment, alive, eventually, fixture},
+    footprint::parent_of,
+};
 
 /// How long a process may outlive a gateway that was killed.
 const AFTER_KILL: Duration = Duration::from_secs(5);
@@ -246,20 +249,13 @@ async fn exits_at_the_same_time_keep_nobody_from_cleaning_up() {
 }
 
 /// The supervisors: one for each program that owns servers.
-fn supervisors(api: &Deployment) -> Vec<i32> {
+pub fn supervisors(api: &Deployment) -> Vec<i32> {
     let processes = std::fs::read_dir("/proc").unwrap().filter_map(|entry| {
         let name = entry.unwrap().file_name();
         name.to_str()?.parse::<i32>().ok()
     });
     let owners = api.owners();
     processes.filter(|pid| alive(*pid) && owners.contains(&parent_of(*pid))).collect()
-}
-
-/// The parent of a process that may be gone; 0 then.
-fn parent_of(pid: i32) -> i32 {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    let fields = stat.rsplit_once(')').map(|(_, fields)| fields.split_whitespace());
-    fields.and_then(|mut fields| fields.nth(1)?.parse().ok()).unwrap_or_default()
 }
 
 /// Direct children die with the supervisor; what they started elsewhere is found by its mark.

@@ -72,6 +72,7 @@
 //! | `--crash-after N` | answers N calls and exits with [`CRASH_CODE`] when the next one arrives |
 //! | `--linger` | does not leave at the end of standard input, dies by SIGTERM |
 //! | `--ignore-stop` | does not leave at the end of standard input and ignores SIGTERM |
+//! | `--hostile MODE` | adds the tool `misbehave`, or misbehaves earlier: see [`hostile`] |
 //! | `--wrapper` | like `npx`: runs itself without this flag as a child and leaves alone at the end of input |
 //!
 //! A process that outlives its standard input still leaves after [`LINGER`], so that a test that was
@@ -85,6 +86,7 @@
 )]
 
 mod catalog;
+pub mod hostile;
 mod protocol;
 #[cfg(test)]
 mod tests;
@@ -147,6 +149,7 @@ struct Options {
     linger: bool,
     ignore_stop: bool,
     stop_ignored: bool,
+    hostile: Option<String>,
     wrapper: bool,
 }
 
@@ -175,6 +178,7 @@ impl Options {
                 "--linger" => options.linger = true,
                 "--ignore-stop" => options.ignore_stop = true,
                 STOP_IGNORED => options.stop_ignored = true,
+                "--hostile" => options.hostile = Some(value()?),
                 "--wrapper" => options.wrapper = true,
                 _ => return Err(format!("unknown flag {flag}")),
             }
@@ -220,6 +224,9 @@ pub fn run(args: &[String]) -> i32 {
     if let Some(path) = &options.start_file {
         append_line(Path::new(path), &process::id().to_string()).expect("the start file can be written");
     }
+    if let Some(code) = options.hostile.as_deref().and_then(hostile::at_start) {
+        return code;
+    }
     thread::sleep(options.start_delay);
     if let Some(name) = options.env_required.iter().find(|name| env::var_os(name).is_none()) {
         complain(&format!("cannot start: missing environment variable {name}"));
@@ -245,7 +252,11 @@ pub fn run(args: &[String]) -> i32 {
     let banner = |n| format!("Welcome to the fixture, line {n}; this is not JSON\n");
     output.write((1..=options.banner).map(banner).collect::<String>().as_bytes());
     let stays = options.linger || options.stop_ignored;
-    Server::new(options, output).serve(input);
+    let mut server = Server::new(options, output);
+    server.serve(input);
+    if server.loot.deaf {
+        server.go_deaf();
+    }
     if stays {
         thread::sleep(LINGER);
     }

@@ -15,7 +15,9 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-use super::{Group, NoSlot, State, Trouble, current, not_started, upkeep::watch_instance};
+use super::{
+    Group, NoSlot, State, Trouble, current, not_started, silence::watch_silence, upkeep::watch_instance,
+};
 use crate::{
     instance::{Instance, Launch},
     leases::Denied,
@@ -251,6 +253,9 @@ impl Group {
             state.since = instance.since;
             (self.on_tools)(&instance.tools());
             self.host.tasks.spawn(watch_instance(Arc::clone(self), Arc::clone(&instance)));
+            if instance.pid().is_some() {
+                self.host.tasks.spawn(watch_silence(Arc::clone(self), Arc::clone(&instance)));
+            }
             state.instances.push(instance);
         }
         // Processes of one start fail for one reason, and count once.

@@ -27,7 +27,10 @@ use nix::{
     unistd::Pid,
 };
 
-use super::{Event, Exit, MARKER, Request};
+use super::{
+    Event, Exit, MARKER, Request,
+    restrictions::{self, Restrictions},
+};
 
 /// How long what a lost worker left behind has to leave by itself after SIGTERM.
 const GRACE: Duration = Duration::from_millis(500);
@@ -181,12 +184,14 @@ impl Supervised {
         if let Some(folder) = folder {
             command.current_dir(folder);
         }
-        // SAFETY: the closures run between fork and exec, and each makes one system call, which is
-        // async-signal-safe. Should this process be killed, its direct children go with it. And a
-        // child must not inherit the signals that are blocked here: one that starts processes itself
-        // would never hear of their end.
+        let restrictions = Restrictions::of(std::process::id(), id);
+        // SAFETY: the closures run between fork and exec, and make a few system calls; this process has
+        // no other thread that could have left anything half done. Should this process be killed, its
+        // direct children go with it. And a child must not inherit the signals that are blocked here:
+        // one that starts processes itself would never hear of their end.
         unsafe {
             command.pre_exec(die_with_parent).pre_exec(unblock_signals);
+            command.pre_exec(move || restrictions.apply());
         }
         let child = command.spawn()?;
         let pid = i32::try_from(child.id()).map_err(io::Error::other)?;
@@ -282,7 +287,7 @@ impl Supervised {
 }
 
 /// Kills what a supervisor that was lost had started: its direct children died with it, but what they
-/// had started went to the system. Only the mark in their environment tells whose they are.
+/// had started went to the system. Only their marks tell whose they are.
 pub(super) fn end_left_behind(supervisor: u32) {
     let prefix = format!("{supervisor}:");
     // What is killed may just have started another: one more look, until there is nothing to see.
@@ -322,8 +327,11 @@ fn parent(pid: Pid) -> Option<u32> {
     stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(1)?.parse().ok()
 }
 
-/// The marker in a process' environment.
+/// What marks a process as a child's: a limit that it inherited, or the marker in its environment.
 fn mark(pid: Pid) -> Option<String> {
+    if let Some((supervisor, id)) = restrictions::marked(pid) {
+        return Some(format!("{supervisor}:{id}"));
+    }
     let environment = std::fs::read(format!("/proc/{pid}/environ")).ok()?;
     let prefix = format!("{MARKER}=");
     environment.split(|byte| *byte == 0).find_map(|entry| {

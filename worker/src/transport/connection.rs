@@ -15,15 +15,16 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use zeroize::Zeroize;
 
+use self::incoming::Noise;
 use super::message::{self, Message, RpcError};
 use crate::logs::Log;
+
+mod incoming;
 
 /// Frames that may wait for the transport. Calls are bounded by slots; the rest is for notifications.
 const OUTBOX: usize = 2 * limits::CONCURRENCY_MAX as usize;
 /// Messages above this size are parsed on another thread, so that they hold up no other connection.
 pub(super) const PARSE_INLINE: usize = 256 * 1024;
-/// Lines that are not JSON-RPC and still go to the server's log: banners are worth seeing, floods not.
-const BANNER_LINES: u64 = 50;
 
 /// Why there is no result.
 #[derive(Debug, Clone, PartialEq)]
@@ -82,7 +83,9 @@ struct Shared {
     cancel_by_closing: AtomicBool,
     /// Nothing is waited for any more on a connection that is broken.
     emptied: Notify,
-    ignored: AtomicU64,
+    /// Messages that came, whatever they said.
+    heard: AtomicU64,
+    noise: Noise,
 }
 
 #[derive(Default)]
@@ -197,7 +200,8 @@ impl Connection {
             broken: CancellationToken::new(),
             cancel_by_closing: AtomicBool::new(false),
             emptied: Notify::new(),
-            ignored: AtomicU64::new(0),
+            heard: AtomicU64::new(0),
+            noise: Noise::default(),
         });
         (Self { shared, outbox }, queue)
     }
@@ -233,6 +237,11 @@ impl Connection {
     /// What the protocol wants in every request's `_meta`.
     pub fn meta(&self) -> &str {
         self.shared.meta.get().map_or("", String::as_str)
+    }
+
+    /// How many messages the server has sent so far: it lives if there are more than before.
+    pub fn heard(&self) -> u64 {
+        self.shared.heard.load(Ordering::Relaxed)
     }
 
     /// Waits until the server says that its tools have changed.
@@ -289,12 +298,14 @@ impl Connection {
 
     /// For the transport: the output has ended.
     pub(super) fn end_output(&self) {
+        self.shared.noise.sum_up(&self.shared.log);
         self.shared.broken.cancel();
         self.shared.output_ended.cancel();
     }
 
     /// Takes in a message of the server. `only`: of answers, none but the one to this request counts.
     pub(super) async fn take(&self, line: Bytes, only: Option<u64>) {
+        self.shared.heard.fetch_add(1, Ordering::Relaxed);
         let message = if line.len() <= PARSE_INLINE {
             Message::parse(&line)
         } else {
@@ -437,65 +448,6 @@ impl Shared {
     }
 
     fn ignore(&self) {
-        self.ignored.fetch_add(1, Ordering::Relaxed);
-    }
-}
-
-impl Connection {
-    fn handle(&self, message: Message, line: &[u8]) {
-        let shared = &self.shared;
-        match message {
-            Message::Response { id, body } => {
-                let answer = match body {
-                    Some(Ok(result)) if result.as_bytes().len() > limits::RESULT_BYTES => {
-                        Err(Failure::TooLarge)
-                    }
-                    Some(Ok(result)) => Ok(result),
-                    Some(Err(error)) => Err(Failure::Rpc(error)),
-                    None => Err(Failure::Malformed),
-                };
-                shared.resolve(id, answer);
-            }
-            Message::Unreadable { id } => shared.resolve(id, Err(Failure::Unreadable)),
-            Message::Notification { method, params } => match method.as_str() {
-                "notifications/progress" => {
-                    if let Some(params) = params {
-                        report_progress(shared, params);
-                    }
-                }
-                "notifications/tools/list_changed" => shared.tools_changed.notify_one(),
-                _ => {}
-            },
-            Message::Request { id, method } => {
-                let frame = Frame::Plain(message::answer(&id, &method));
-                // A server that asks without reading the answers gets none.
-                let _ = self.outbox.try_send(frame);
-            }
-            Message::Garbage => {
-                if shared.ignored.fetch_add(1, Ordering::Relaxed) < BANNER_LINES && !line.is_empty() {
-                    shared.log.push(line);
-                }
-            }
-        }
-    }
-}
-
-/// Hands progress to the call whose token it carries. A slow reader loses progress, never the result.
-fn report_progress(shared: &Shared, params: RawJson) {
-    #[derive(serde::Deserialize)]
-    #[serde(rename_all = "camelCase")]
-    struct Progress {
-        progress_token: u64,
-    }
-    if params.as_bytes().len() > limits::PROGRESS_BYTES {
-        return shared.ignore();
-    }
-    let Ok(progress) = params.read::<Progress>() else { return shared.ignore() };
-    if let Some(sender) =
-        shared.table().waiting.get(&progress.progress_token).and_then(|one| one.progress.as_ref())
-    {
-        // A copy: a slow reader would keep the whole of what was read with it.
-        let copy = RawJson::from_parsed(bytes::Bytes::copy_from_slice(params.as_bytes()));
-        let _ = sender.try_send(CallEvent::Progress(copy));
+        self.noise.ignore();
     }
 }

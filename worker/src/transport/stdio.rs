@@ -31,9 +31,20 @@ pub fn open(
     connection
 }
 
+/// Ends the use of a connection whose reader or writer is gone, however that came about: one that fell over
+/// a fault of ours must not leave calls waiting for what nobody reads.
+struct Gone(Connection);
+
+impl Drop for Gone {
+    fn drop(&mut self) {
+        self.0.break_off();
+    }
+}
+
 /// Writes frames, small ones joined. Ends with the connection, which drops the child's input.
 async fn write(mut input: impl AsyncWrite + Unpin, mut queue: mpsc::Receiver<Frame>, connection: Connection) {
     let close: CancellationToken = connection.input_closing();
+    let _gone = Gone(connection);
     let mut frames = Vec::with_capacity(64);
     let mut buffer = Vec::with_capacity(WRITE);
     let work = async {
@@ -60,7 +71,7 @@ async fn write(mut input: impl AsyncWrite + Unpin, mut queue: mpsc::Receiver<Fra
     tokio::select! {
         () = close.cancelled() => {}
         // A broken pipe: usually the process has ended, and the reader sees that too.
-        _ = work => connection.break_off(),
+        _ = work => {}
     }
 }
 
@@ -75,6 +86,7 @@ fn empty(buffer: &mut Vec<u8>, secret: bool) {
 /// Reads lines and hands out what they say, until the output ends.
 async fn read(output: impl AsyncRead + Unpin, connection: Connection) {
     let mut lines = Lines::new(output);
+    let _gone = Gone(connection.clone());
     loop {
         // A helper that outlives its server may keep the other end open for ever.
         let next = tokio::select! {
@@ -100,4 +112,55 @@ async fn read(output: impl AsyncRead + Unpin, connection: Connection) {
         }
     }
     connection.end_output();
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io,
+        pin::Pin,
+        task::{Context, Poll},
+        time::Duration,
+    };
+
+    use tokio::io::ReadBuf;
+
+    use super::*;
+
+    /// Something that a fault of ours hides in.
+    struct Faulty;
+
+    impl AsyncRead for Faulty {
+        fn poll_read(self: Pin<&mut Self>, _: &mut Context<'_>, _: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+            panic!("on purpose")
+        }
+    }
+
+    impl AsyncWrite for Faulty {
+        fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, _: &[u8]) -> Poll<io::Result<usize>> {
+            panic!("on purpose")
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    #[tokio::test]
+    async fn a_panic_in_a_connection_ends_it_and_nothing_else() {
+        let tasks = TaskTracker::new();
+        let patience = Duration::from_secs(20);
+        let reads = open(tokio::io::sink(), Faulty, Arc::default(), &tasks);
+        tokio::time::timeout(patience, reads.broken()).await.unwrap();
+        assert!(!reads.is_open());
+        let (silent, _kept) = tokio::io::duplex(16);
+        let writes = open(Faulty, silent, Arc::default(), &tasks);
+        assert!(writes.is_open());
+        writes.notify("notifications/initialized", None).await.unwrap();
+        tokio::time::timeout(patience, writes.broken()).await.unwrap();
+    }
 }
