@@ -114,6 +114,8 @@ pub struct Caller {
     /// Workers that said that they have no room, each as often as it did.
     full: Vec<WorkerId>,
     refused: Option<WorkerError>,
+    /// Since when nobody has been able to take it who is there.
+    stuck: Option<Now>,
 }
 
 impl Caller {
@@ -129,6 +131,7 @@ impl Caller {
             wish: Wish::default(),
             full: Vec::new(),
             refused: None,
+            stuck: None,
         }
     }
 
@@ -189,7 +192,8 @@ impl Caller {
             return Turn::STAY;
         }
         let passing = self.refused.as_ref().is_some_and(|error| error.code == ErrorCode::NoWorker);
-        if passing && self.spent(now) < RECOVERY {
+        // A call that had waited long before has as much of a chance as one that is new.
+        if passing && now.saturating_sub(*self.stuck.get_or_insert(now)) < RECOVERY {
             self.wish.avoid.clear();
             self.phase = Phase::Choosing { not_before: now + RECOVERY / 20 };
             return Turn::STAY;
