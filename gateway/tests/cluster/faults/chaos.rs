@@ -9,7 +9,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use mcp_shared::error::{ErrorCode, Outcome};
 use serde_json::{Value, json};
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
@@ -17,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     super::deployment::eventually,
     chance::Rng,
-    history::{self, Call, Told},
+    history::{self, Call, Told, told},
     monkey::Monkey,
     stage::Stage,
 };
@@ -306,28 +305,5 @@ impl Theatre {
             last.1.elapsed() >= QUIET
         })
         .await;
-    }
-}
-
-/// What an answer says: a result, or an error with a code that is known and fits its outcome.
-fn told(status: u16, answer: &Value) -> Told {
-    if status == 200 {
-        let text = &answer["data"]["content"][0]["text"];
-        return if text == "recorded" { Told::Answer } else { Told::Nonsense(answer.to_string()) };
-    }
-    let code = answer["code"].as_str().unwrap_or_default();
-    let outcome: Result<Outcome, _> = serde_json::from_value(answer["outcome"].clone());
-    match outcome {
-        Ok(outcome)
-            if ErrorCode::ALL.iter().any(|known| known.as_str() == code)
-                && code != ErrorCode::Internal.as_str() =>
-        {
-            Told::Error(status, code.to_owned(), outcome)
-        }
-        // The call with this name is under way: that is all that can be said.
-        _ if code == ErrorCode::IdempotencyInProgress.as_str() => {
-            Told::Error(status, code.to_owned(), Outcome::Unknown)
-        }
-        _ => Told::Nonsense(format!("{status} {answer}")),
     }
 }

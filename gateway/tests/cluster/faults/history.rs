@@ -6,7 +6,8 @@ use std::{
     time::Duration,
 };
 
-use mcp_shared::error::Outcome;
+use mcp_shared::error::{ErrorCode, Outcome};
+use serde_json::Value;
 
 /// What a caller was told about one attempt.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,6 +32,7 @@ pub struct Call {
     /// What was called how, for people.
     pub what: String,
     /// When it was made.
+    #[allow(dead_code, reason = "it is shown with the call")]
     pub begun: Duration,
     /// What its caller was told, in order.
     pub told: Vec<Told>,
@@ -39,6 +41,12 @@ pub struct Call {
 }
 
 impl Call {
+    /// A call that was made once and answered in time.
+    pub fn new(id: String, key: &str, what: &str, told: Told) -> Self {
+        let (key, what) = (key.to_owned(), what.to_owned());
+        Self { id, key, what, begun: Duration::ZERO, told: vec![told], late: None }
+    }
+
     /// What is known of the call: the best of what was told.
     fn outcome(&self) -> Outcome {
         let outcomes = || {
@@ -100,6 +108,29 @@ pub fn violations(calls: &[Call], executed: &str) -> Vec<String> {
     violations
 }
 
+/// What an answer says: a result, or an error with a code that is known and fits its outcome.
+pub fn told(status: u16, answer: &Value) -> Told {
+    if status == 200 {
+        let text = &answer["data"]["content"][0]["text"];
+        return if text == "recorded" { Told::Answer } else { Told::Nonsense(answer.to_string()) };
+    }
+    let code = answer["code"].as_str().unwrap_or_default();
+    let outcome: Result<Outcome, _> = serde_json::from_value(answer["outcome"].clone());
+    match outcome {
+        Ok(outcome)
+            if ErrorCode::ALL.iter().any(|known| known.as_str() == code)
+                && code != ErrorCode::Internal.as_str() =>
+        {
+            Told::Error(status, code.to_owned(), outcome)
+        }
+        // The call with this name is under way: that is all that can be said.
+        _ if code == ErrorCode::IdempotencyInProgress.as_str() => {
+            Told::Error(status, code.to_owned(), Outcome::Unknown)
+        }
+        _ => Told::Nonsense(format!("{status} {answer}")),
+    }
+}
+
 /// How often what was told.
 pub fn table(calls: &[Call]) -> String {
     let mut rows: BTreeMap<(String, &str), usize> = BTreeMap::new();
@@ -128,14 +159,7 @@ fn name(outcome: Outcome) -> &'static str {
 }
 
 fn call(id: &str, told: &[Told]) -> Call {
-    Call {
-        id: id.to_owned(),
-        key: "-".to_owned(),
-        what: String::new(),
-        begun: Duration::ZERO,
-        told: told.to_vec(),
-        late: None,
-    }
+    Call { told: told.to_vec(), ..Call::new(id.to_owned(), "-", "", Told::Nothing) }
 }
 
 fn error(outcome: Outcome) -> Told {

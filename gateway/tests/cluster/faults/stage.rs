@@ -164,6 +164,8 @@ impl Seat {
 impl Stage {
     /// Starts a fleet, and waits until all see each other. Of the workers' places the last `spare` are empty.
     pub async fn start(gateways: usize, workers: usize, spare: usize) -> Self {
+        // The client speaks TLS with whatever the programs speak it with.
+        mcp_shared::tls::install_provider();
         let started = tokio::task::spawn_blocking(|| (NatsServer::start(""), MongoServer::start()));
         let (nats, mongo) = started.await.unwrap();
         let seats = |program, kind: &str, count: usize| {
@@ -177,7 +179,9 @@ impl Stage {
             data: Data::new(),
             nats: Arc::new(Mutex::new(nats)),
             mongo: Arc::new(Mutex::new(mongo)),
-            client: reqwest::Client::new(),
+            // Gateways close connections that say nothing for ten seconds, and one that was frozen does so at
+            // once when it wakes: whoever keeps connections for longer loses requests.
+            client: reqwest::Client::builder().pool_idle_timeout(Duration::from_secs(2)).build().unwrap(),
         };
         let nodes = stage.gateways.iter().chain(&stage.workers[..workers]);
         futures_util::future::join_all(nodes.map(|seat| seat.fill(&stage.data))).await;
