@@ -122,6 +122,8 @@ pub struct Caller {
     repeatable: bool,
     /// A worker was lost that had begun it.
     may_have_run: bool,
+    /// Since when nobody has been able to take it who is there.
+    stuck: Option<Now>,
 }
 
 impl Caller {
@@ -140,6 +142,7 @@ impl Caller {
             unable: 0,
             repeatable: false,
             may_have_run: false,
+            stuck: None,
         }
     }
 
@@ -200,7 +203,8 @@ impl Caller {
             return Turn::STAY;
         }
         let passing = self.refused.as_ref().is_some_and(|error| error.code == ErrorCode::NoWorker);
-        if passing && self.spent(now) < RECOVERY {
+        // A call that had waited long before has as much of a chance as one that is new.
+        if passing && now.saturating_sub(*self.stuck.get_or_insert(now)) < RECOVERY {
             self.wish.avoid.clear();
             self.phase = Phase::Choosing { not_before: now + RECOVERY / 20 };
             return Turn::STAY;

@@ -42,6 +42,8 @@ impl Bus {
         let router = router.map_err(|error| unusable(settings, error))?;
         let server = Server::start(bus, host, router.clone()).await;
         let server = Arc::new(server.map_err(|error| unusable(settings, error))?);
+        let fleet = router.clone();
+        worker.own_only_while(move || fleet.is_up());
         Ok(Self { router, server })
     }
 

@@ -10,12 +10,15 @@
 //!
 //! Every taking of a worker's own lease begins a new life, numbered by the fence. What was taken in an
 //! earlier life is void.
+//!
+//! A worker that the fleet cannot reach renews nothing either: what it alone may run is to be run by one that
+//! can be called. It goes on where it was if it is back before anybody has taken over.
 
 use std::{
     collections::HashMap,
     num::NonZeroUsize,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -113,6 +116,8 @@ pub struct Leases {
     sightings: Mutex<LruCache<WorkerId, Sighting>>,
     /// Workers that are being watched, to see whether they are lost.
     watches: Mutex<HashMap<WorkerId, watch::Receiver<Option<bool>>>>,
+    /// Whether the fleet reaches this worker. Without it nobody else is there who could.
+    reached: OnceLock<Box<dyn Fn() -> bool + Send + Sync>>,
     tasks: TaskTracker,
     closed: CancellationToken,
 }
@@ -138,9 +143,20 @@ impl Leases {
             overdue: Mutex::default(),
             sightings: Mutex::new(LruCache::new(sightings)),
             watches: Mutex::default(),
+            reached: OnceLock::new(),
             tasks,
             closed: CancellationToken::new(),
         })
+    }
+
+    /// From now on this worker owns things only while the fleet reaches it, which `reached` tells.
+    pub fn only_while(&self, reached: impl Fn() -> bool + Send + Sync + 'static) {
+        // A worker joins one fleet, once.
+        let _ = self.reached.set(Box::new(reached));
+    }
+
+    fn is_cut_off(&self) -> bool {
+        self.reached.get().is_some_and(|reached| !reached())
     }
 
     /// What one group of processes has to ask before it runs.
@@ -175,6 +191,9 @@ impl Leases {
                     retire(loss).await;
                     self.overdue_all();
                 }
+                while self.is_cut_off() {
+                    sleep(limits::LEASE_WATCH).await;
+                }
                 if let Err(error) = self.enter().await {
                     tracing::warn!(error.cause = %error, "this worker cannot take its lease yet");
                     sleep(limits::LEASE_RENEWAL).await;
@@ -189,10 +208,12 @@ impl Leases {
 
     /// Renews the worker's own lease for as long as that works.
     async fn renew(self: &Arc<Self>) -> Loss {
-        let mut begun = Instant::now();
+        let (mut begun, mut cut_off) = (Instant::now(), false);
         for turn in 1_u32.. {
-            sleep_until(begun + limits::LEASE_RENEWAL).await;
+            // A worker that is back is to be known for alive soon.
+            sleep_until(begun + if cut_off { limits::LEASE_WATCH } else { limits::LEASE_RENEWAL }).await;
             begun = Instant::now();
+            cut_off = self.is_cut_off();
             let (lease, renewed) = {
                 let own = lock(&self.own);
                 let Some(lease) = own.lease.clone() else { break };
@@ -202,7 +223,11 @@ impl Leases {
             // longer still has one, since nobody need have noticed.
             let left = (renewed + limits::LEASE_RETIREMENT).saturating_duration_since(begun);
             let limit = left.clamp(limits::LEASE_RENEWAL, limits::LEASE_STORE_TIMEOUT);
-            match timeout(limit, self.store.renew_lease(&lease)).await {
+            let renewal = async {
+                if cut_off { self.still(&lease).await } else { self.store.renew_lease(&lease).await }
+            };
+            match timeout(limit, renewal).await {
+                Ok(Ok(_)) if cut_off => {}
                 Ok(Ok(lease)) => {
                     *lock(&self.own) = Own { lease: Some(lease), renewed: begun };
                     self.sweep(turn);
@@ -217,6 +242,12 @@ impl Leases {
             }
         }
         Loss::Silence
+    }
+
+    /// The worker's own lease, unless another worker has taken it.
+    async fn still(&self, lease: &Lease) -> Result<Lease, StoreError> {
+        let stored = self.store.lease(&lease.name).await?;
+        stored.filter(|stored| stored.revision == lease.revision).ok_or(StoreError::Conflict)
     }
 
     /// Tidies up, now that the store answers.

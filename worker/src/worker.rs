@@ -110,6 +110,14 @@ impl Worker {
         self.host.tasks.spawn(packages::serve(Arc::clone(&self.host), fleet));
     }
 
+    /// Keeps what may run only once from now on only while the fleet reaches this worker, which `reached`
+    /// tells.
+    pub fn own_only_while(&self, reached: impl Fn() -> bool + Send + Sync + 'static) {
+        if let Some(leases) = &self.host.leases {
+            leases.only_while(reached);
+        }
+    }
+
     /// Waits until somebody asked this worker to leave the fleet.
     pub async fn asked_to_leave(&self) {
         self.leave.cancelled().await;

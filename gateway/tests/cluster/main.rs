@@ -60,6 +60,7 @@ mod secrets;
 mod smoke;
 
 mod bodies;
+mod faults;
 mod fleet;
 mod mongodb_alone;
 mod packages_fleet;

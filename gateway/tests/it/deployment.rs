@@ -200,7 +200,8 @@ impl Builder {
 pub struct Node {
     child: Child,
     program: Program,
-    base: String,
+    /// `http://127.0.0.1:PORT`.
+    pub base: String,
     /// What it calls itself in the fleet; empty for a gateway.
     #[allow(dead_code, reason = "only tests of clusters tell workers apart")]
     pub id: String,
@@ -208,7 +209,8 @@ pub struct Node {
 }
 
 impl Node {
-    async fn start(builder: &Builder, program: Program, name: &str) -> Self {
+    /// Starts one, and waits until it says where it listens.
+    pub async fn start(builder: &Builder, program: Program, name: &str) -> Self {
         let mut command = builder.node_command(program, name);
         let log = builder.data.path().join(name).join("program.log");
         let stderr = File::options().create(true).append(true).open(&log).unwrap();

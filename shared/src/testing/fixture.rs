@@ -45,6 +45,7 @@
 //! | `add_tool` | | adds `added_N` and sends `notifications/tools/list_changed`; answers the new name |
 //! | `log_secret` | anything | writes its arguments to standard error |
 //! | `touch` | `path`, `text` | appends a line to a file, with one write |
+//! | `record` | `path`, `id`, `ms?`, `KEY?`, `lock?` | appends `run ID PID KEY` to a file, then takes its time; `clash` instead of `run` if another process has the `lock` |
 //! | `server_request` | | sends `roots/list` and `ping` to the client; answers what came back within 5 s |
 //! | `exit_when_idle` | `ms` | answers, then exits with 0 after that time |
 //! | `auth_get_authorization_url` | `redirect_uri`, `state` | the address of a login; not listed |
@@ -88,6 +89,7 @@
 mod catalog;
 pub mod hostile;
 mod protocol;
+mod record;
 #[cfg(test)]
 mod tests;
 mod tools;

@@ -77,6 +77,10 @@ impl Leases {
                 }
                 Ok(Some((lease, since))) => {
                     let silent = since.elapsed();
+                    // To one that is cut off itself, the silence of others says nothing.
+                    if self.is_cut_off() {
+                        return false;
+                    }
                     if silent >= limits::LEASE_TAKEOVER {
                         // Whatever comes of this, the next look tells.
                         let taken =
