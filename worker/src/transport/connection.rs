@@ -10,8 +10,12 @@ use std::{
 };
 
 use bytes::Bytes;
-use mcp_shared::{error::WorkerError, json::RawJson, limits, worker_api::CallEvent};
-use tokio::sync::{Notify, mpsc, oneshot};
+use mcp_shared::{error::WorkerError, json::RawJson, limits, metrics, worker_api::CallEvent};
+use tokio::sync::{
+    Notify,
+    mpsc::{self, error::TrySendError},
+    oneshot,
+};
 use tokio_util::sync::CancellationToken;
 use zeroize::Zeroize;
 
@@ -496,6 +500,8 @@ fn report_progress(shared: &Shared, params: RawJson) {
     {
         // A copy: a slow reader would keep the whole of what was read with it.
         let copy = RawJson::from_parsed(bytes::Bytes::copy_from_slice(params.as_bytes()));
-        let _ = sender.try_send(CallEvent::Progress(copy));
+        if let Err(TrySendError::Full(_)) = sender.try_send(CallEvent::Progress(copy)) {
+            metrics::count_dropped_progress();
+        }
     }
 }
