@@ -24,6 +24,8 @@ mod lifecycle;
 mod logins;
 #[path = "../it/oauth.rs"]
 mod oauth;
+#[path = "../it/overload.rs"]
+mod overload;
 #[path = "../it/packages.rs"]
 mod packages;
 #[path = "../it/packages_input.rs"]
@@ -52,6 +54,7 @@ mod smoke;
 mod bodies;
 mod fleet;
 mod mongodb_alone;
+mod overload_fleet;
 mod packages_fleet;
 mod placement;
 mod reads_after_writes;
