@@ -1,6 +1,6 @@
 //! What handlers share.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{collections::HashMap, ops::Deref, sync::Arc, time::Duration};
 
 use axum::{body::Body, extract::FromRequestParts};
 use bytes::Bytes;
@@ -12,6 +12,7 @@ use mcp_shared::{
     ids::{RequestId, ServerName, UserId},
     json::RawJson,
     limits,
+    metrics::Exposition,
     store::StoreError,
     vault::{Vault, VaultError},
     worker_api::{CallContext, Change, ServerReport, ServerStatus, WorkerApi},
@@ -20,6 +21,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use url::Url;
 
 use crate::{
+    admission::{Admission, Room},
     body::{self, Field, Fields},
     latest::LatestVersions,
     problem::Problem,
@@ -36,6 +38,10 @@ pub struct App {
     pub me: NodeReport,
     /// The largest body, in bytes.
     pub payload_limit: usize,
+    /// How much is taken in at once.
+    pub admission: Admission,
+    /// What is shown of it, and of all the rest.
+    pub metrics: Exposition,
     /// Changes under way, which a stop waits for.
     pub changes: TaskTracker,
     /// Cancelled when the program is to stop.
@@ -46,6 +52,21 @@ pub struct App {
     pub latest: LatestVersions,
     /// Where browsers find this program, if it was told.
     pub public_url: Option<Url>,
+}
+
+/// A body that was taken in. Its room is taken as long as this is held.
+pub struct Taken {
+    bytes: Bytes,
+    /// The room of its bytes, for whoever goes on with parts of them.
+    pub room: Room,
+}
+
+impl Deref for Taken {
+    type Target = Bytes;
+
+    fn deref(&self) -> &Bytes {
+        &self.bytes
+    }
 }
 
 /// The id that the edge gave the request.
@@ -138,9 +159,16 @@ impl App {
         Viewer { admin: true }
     }
 
-    /// Reads a JSON body within this program's limit.
-    pub async fn body(&self, headers: &HeaderMap, body: Body) -> Result<Bytes, Problem> {
-        body::read(headers, body, self.payload_limit).await
+    /// Reads a JSON body within this program's limits.
+    pub async fn body(&self, headers: &HeaderMap, body: Body) -> Result<Taken, Problem> {
+        let mut room = self.admission.body();
+        let bytes = body::read(headers, body, self.payload_limit, &mut room).await?;
+        Ok(Taken { bytes, room })
+    }
+
+    /// What stands for a body where none was sent: an object without fields.
+    pub fn no_body(&self) -> Taken {
+        Taken { bytes: Bytes::from_static(b"{}"), room: self.admission.body() }
     }
 }
 

@@ -7,6 +7,7 @@ use mcp_shared::{
     config::Settings,
     fleet::{NodeReport, Role},
     ids::WorkerId,
+    metrics::Exposition,
     node::{self, NodeError},
     vault::Vault,
     worker_api::WorkerApi,
@@ -39,8 +40,9 @@ impl Backend {
         match &settings.bus {
             None => {
                 let program = supervisor::this_program();
-                let (packages, remote) = (&settings.packages, &settings.remote);
-                let worker = Worker::open(vault.clone(), program, Boot::Everything, packages, remote).await?;
+                let (packages, remote, limits) = (&settings.packages, &settings.remote, &settings.limits);
+                let boot = Boot::Everything;
+                let worker = Worker::open(vault.clone(), program, boot, packages, remote, limits).await?;
                 worker.serve_jobs(Arc::clone(&worker) as Arc<dyn WorkerApi>);
                 Ok(Backend::Here(worker))
             }
@@ -56,6 +58,13 @@ impl Backend {
         match self {
             Backend::Here(worker) => Arc::clone(worker) as Arc<dyn WorkerApi>,
             Backend::Fleet(cluster) => Arc::clone(&cluster.worker),
+        }
+    }
+
+    /// Shows what the worker of this process, if there is one, is busy with.
+    pub fn show(&self, metrics: &mut Exposition) {
+        if let Backend::Here(worker) = self {
+            worker.show(metrics);
         }
     }
 

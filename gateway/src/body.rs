@@ -9,7 +9,7 @@ use std::{
 };
 
 use axum::body::Body;
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, header};
 use http_body::{Body as _, Frame, SizeHint};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
@@ -22,7 +22,7 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use tokio::{runtime::Handle, time::timeout};
 
-use crate::problem::Problem;
+use crate::{admission::Room, problem::Problem};
 
 /// A request's body whose rest is still taken in, and thrown away, when a handler has answered without
 /// it. A connection that is closed while the client still sends takes the answer with it: the client
@@ -86,8 +86,8 @@ async fn discard(mut body: Body) {
     }
 }
 
-/// Reads a JSON body of at most `limit` bytes.
-pub async fn read(headers: &HeaderMap, body: Body, limit: usize) -> Result<Bytes, Problem> {
+/// Reads a JSON body of at most `limit` bytes, for which `room` is taken.
+pub async fn read(headers: &HeaderMap, body: Body, limit: usize, room: &mut Room) -> Result<Bytes, Problem> {
     let declared =
         headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<usize>().ok());
     if declared.is_some_and(|length| length > limit) {
@@ -99,14 +99,11 @@ pub async fn read(headers: &HeaderMap, body: Body, limit: usize) -> Result<Bytes
         let text = "The body must be sent with Content-Type: application/json";
         return Err(Problem::new(ErrorCode::UnsupportedMediaType, text));
     }
-    let collected = timeout(limits::BODY_TIMEOUT, Limited::new(body, limit).collect())
+    // Before the first byte of it, if its sender says how long it is.
+    room.grow_to(declared.unwrap_or(0))?;
+    let bytes = timeout(limits::BODY_TIMEOUT, collect(body, limit, room))
         .await
-        .map_err(|_| Problem::new(ErrorCode::RequestTimeout, "The body did not arrive in time"))?;
-    let bytes = match collected {
-        Ok(collected) => collected.to_bytes(),
-        Err(error) if error.is::<LengthLimitError>() => return Err(too_large(limit)),
-        Err(_) => return Err(Problem::invalid("The body could not be read to its end")),
-    };
+        .map_err(|_| Problem::new(ErrorCode::RequestTimeout, "The body did not arrive in time"))??;
     if bytes.is_empty() {
         return Err(Problem::invalid("A JSON object is required as the body"));
     }
@@ -114,6 +111,33 @@ pub async fn read(headers: &HeaderMap, body: Body, limit: usize) -> Result<Bytes
         Problem::new(ErrorCode::InvalidJson, format!("The body is not acceptable JSON: {refused}"))
     })?;
     Ok(bytes)
+}
+
+/// The bytes of a body. Room is taken as they come, as far as there is none yet.
+async fn collect(body: Body, limit: usize, room: &mut Room) -> Result<Bytes, Problem> {
+    let unreadable = || Problem::invalid("The body could not be read to its end");
+    let mut body = Limited::new(body, limit);
+    let mut first = Bytes::new();
+    let mut whole = BytesMut::new();
+    while let Some(frame) = body.frame().await {
+        let frame = match frame {
+            Ok(frame) => frame,
+            Err(error) if error.is::<LengthLimitError>() => return Err(too_large(limit)),
+            Err(_) => return Err(unreadable()),
+        };
+        let Ok(part) = frame.into_data() else { continue };
+        room.grow_to(first.len() + whole.len() + part.len())?;
+        if first.is_empty() && whole.is_empty() {
+            // Most bodies are one piece, which need not be copied.
+            first = part;
+            continue;
+        }
+        if whole.is_empty() {
+            whole.extend_from_slice(&std::mem::take(&mut first));
+        }
+        whole.extend_from_slice(&part);
+    }
+    Ok(if whole.is_empty() { first } else { whole.freeze() })
 }
 
 fn is_json(content_type: &str) -> bool {

@@ -1,5 +1,6 @@
 //! `mcp-gateway`: parses, wires, runs.
 
+mod admission;
 mod app;
 mod backend;
 mod body;
@@ -22,6 +23,7 @@ use clap::{Parser, Subcommand};
 use mcp_shared::{
     config::{self, Settings},
     lifecycle::{self, EX_TEMPFAIL, complain},
+    metrics::Exposition,
     node::{self, NodeError},
 };
 use mcp_worker::program;
@@ -31,6 +33,7 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
+use admission::Admission;
 use app::App;
 use backend::Backend;
 use latest::LatestVersions;
@@ -141,11 +144,16 @@ async fn start(
     let me = backend::myself(&vault);
     let backend = Backend::open(settings, &vault, &me, stop).await?;
     vault.record_key().await?;
+    let (admission, mut metrics) = (Admission::new(&settings.limits), Exposition::default());
+    admission.show(&mut metrics);
+    backend.show(&mut metrics);
     let app = App {
         vault,
         worker: backend.worker(),
         me,
         payload_limit: settings.payload_limit,
+        admission,
+        metrics,
         changes,
         stop: stop.clone(),
         egress: settings.remote.egress.clone(),

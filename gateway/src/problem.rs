@@ -74,8 +74,12 @@ impl Problem {
 
     /// The finished answer.
     pub fn into_answer(self, request: &RequestId) -> Response {
-        let mut response = json_response(self.status(), &self.envelope(request));
-        if let Some(wait) = self.error.retry_after_ms {
+        let status = self.status();
+        let mut response = json_response(status, &self.envelope(request));
+        // Who is told to come back is told when, also where nobody could say more than "not at once".
+        let comes_back = matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE);
+        let wait = self.error.retry_after_ms.or(comes_back.then_some(0));
+        if let Some(wait) = wait {
             // Whole seconds, and never "at once".
             response
                 .headers_mut()
@@ -133,7 +137,7 @@ pub fn status(code: ErrorCode) -> StatusCode {
         | ErrorCode::InvalidState
         | ErrorCode::InvalidArguments => StatusCode::BAD_REQUEST,
         ErrorCode::ReauthRequired => StatusCode::UNAUTHORIZED,
-        ErrorCode::UpstreamRateLimited => StatusCode::TOO_MANY_REQUESTS,
+        ErrorCode::RateLimited | ErrorCode::UpstreamRateLimited => StatusCode::TOO_MANY_REQUESTS,
         ErrorCode::HostNotAllowed | ErrorCode::OriginNotAllowed | ErrorCode::BuiltinServer => {
             StatusCode::FORBIDDEN
         }
@@ -214,5 +218,27 @@ struct WorkerErrorResponse(WorkerError);
 impl IntoResponse for WorkerErrorResponse {
     fn into_response(self) -> Response {
         Problem::from(self.0).into_response()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_429_and_503_says_when_to_come_back() {
+        let request = RequestId::generate();
+        for code in ErrorCode::ALL {
+            let answer = Problem::new(*code, "x").into_answer(&request);
+            let retry =
+                answer.headers().get(header::RETRY_AFTER).map(|value| value.to_str().unwrap().to_owned());
+            let wanted = matches!(answer.status().as_u16(), 429 | 503);
+            assert_eq!(retry, wanted.then(|| "1".to_owned()), "{code}");
+            assert!(!wanted || code.retryable() || *code == ErrorCode::RuntimeMissing, "{code}");
+            // What somebody knew is said, rounded up.
+            let error = WorkerError::new(*code, "x").retry_after(std::time::Duration::from_millis(2_001));
+            let answer = Problem::from(error).into_answer(&request);
+            assert_eq!(answer.headers()[header::RETRY_AFTER], "3", "{code}");
+        }
     }
 }

@@ -13,7 +13,7 @@ use crate::{
     app::App,
     edge::{Allowed, edge},
     problem::Problem,
-    routes::{auth, fleet, google, health, jobs, oauth, packages, secrets, servers, tools},
+    routes::{auth, fleet, google, health, jobs, metrics, oauth, packages, secrets, servers, tools},
 };
 
 /// What is answered while the program starts: an orchestrator can see that it lives and what it waits
@@ -37,6 +37,7 @@ pub fn router(app: Arc<App>, allowed: Arc<Allowed>) -> Router {
     Router::new()
         .route("/healthz", get(health::healthz))
         .route("/readyz", get(health::readyz))
+        .route("/metrics", get(metrics::get))
         .route("/fleet", get(fleet::get))
         .route("/fleet/workers/{id}/drain", post(fleet::drain))
         .route("/mcp/tool/call", post(tools::call))

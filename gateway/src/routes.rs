@@ -5,6 +5,7 @@ pub mod fleet;
 pub mod google;
 pub mod health;
 pub mod jobs;
+pub mod metrics;
 pub mod oauth;
 pub mod package_input;
 pub mod package_view;

@@ -2,7 +2,7 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -10,15 +10,22 @@ use std::{
 
 use async_nats::{Client, ConnectOptions, Event, Subscriber, connection::State};
 use bytes::Bytes;
-use mcp_shared::ids::WorkerId;
+use mcp_shared::{ids::WorkerId, metrics};
 use serde::Serialize;
 
 use crate::{caller::Now, subjects::Subjects, wire};
 
-/// Messages that may wait to be read by one subscription; what comes beyond is lost, and noticed.
+/// Messages that may wait to be read by one subscription; what comes beyond is lost, and noticed (the client's own
+/// number is 65,536). A loss costs a worker the time to read everything again, so that a burst should fit: each call
+/// that is begun is two messages to its worker, and some thousand callers who come at once are overload, which is
+/// refused call by call, and no reason to lose sync. These messages have some hundred bytes. The large ones are
+/// asked for by those who read them, piece by piece, within `BODIES_KIB`; so what can wait here is some megabytes.
 const SUBSCRIPTION: usize = 16_384;
-/// Commands that may wait to be written to the connection.
+/// Commands that may wait to be written to the connection (the client's own number is 2,048). None is larger than
+/// a message may be, so that they are some megabytes too; whoever finds no place within [`SENDING`] gives up.
 const OUTBOX: usize = 512;
+/// How often it is logged that messages are lost. Each is counted.
+const LOSS_LOGGED: Duration = Duration::from_secs(1);
 /// How long a message may wait for its place among them. While there is no connection nobody makes room.
 const SENDING: Duration = Duration::from_secs(1);
 /// How often the connection is tried out.
@@ -69,6 +76,7 @@ impl Bus {
         let inbox: Arc<str> = subjects.inbox(&node).into();
         let lost = Arc::new(AtomicU64::new(0));
         let counter = Arc::clone(&lost);
+        let logged = Arc::new(Mutex::new(None::<Instant>));
         let client = options
             .name(node.as_str())
             .custom_inbox_prefix(format!("{inbox}.own"))
@@ -76,14 +84,25 @@ impl Bus {
             .client_capacity(OUTBOX)
             .ping_interval(PING)
             .event_callback(move |event| {
-                let counter = Arc::clone(&counter);
+                let (counter, logged) = (Arc::clone(&counter), Arc::clone(&logged));
                 async move {
                     match event {
-                        Event::Connected => tracing::info!("connected to NATS"),
+                        Event::Connected => {
+                            metrics::count_bus_connection();
+                            tracing::info!("connected to NATS");
+                        }
                         Event::Disconnected => tracing::warn!("the connection to NATS was lost"),
                         Event::SlowConsumer(_) => {
-                            counter.fetch_add(1, Ordering::AcqRel);
-                            tracing::warn!("messages were lost: they came faster than they were read");
+                            let lost = counter.fetch_add(1, Ordering::AcqRel) + 1;
+                            metrics::count_slow_consumer();
+                            let mut logged = logged.lock().unwrap_or_else(PoisonError::into_inner);
+                            if logged.is_none_or(|when| when.elapsed() >= LOSS_LOGGED) {
+                                *logged = Some(Instant::now());
+                                tracing::warn!(
+                                    lost,
+                                    "messages are lost: they come faster than they are read"
+                                );
+                            }
                         }
                         other => tracing::info!(event = %other, "NATS"),
                     }

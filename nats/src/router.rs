@@ -45,8 +45,8 @@ mod questions;
 mod replies;
 mod upkeep;
 
-/// Calls that one router looks after at once.
-const OPEN_CALLS: usize = 16_384;
+/// Calls that one router looks after at once. Those who bring them set limits of their own, which come first.
+const OPEN_CALLS: usize = mcp_shared::config::MOST_CALLS;
 /// Kibibytes of large answers that may be on their way to one router.
 const BODIES_KIB: usize = 48 * 1024;
 /// Messages of the watch that may wait for the connection.

@@ -44,8 +44,6 @@ mod questions;
 
 /// How often a worker sends itself a pulse.
 const PULSE: Duration = Duration::from_millis(250);
-/// Calls that one worker looks after at once.
-const OPEN_CALLS: usize = 16_384;
 /// Questions that it works on at once.
 const OPEN_QUESTIONS: usize = 1_024;
 /// Kibibytes of large arguments that may be on their way to one worker.
@@ -244,10 +242,11 @@ impl Inner {
         let decided = {
             let mut table = self.table();
             let fresh = self.is_fresh(&table, now);
-            if !(wire::VERSIONS.0..=wire::VERSIONS.1 + 1).contains(&offer.version)
-                || table.live.len() >= OPEN_CALLS
-            {
+            if !(wire::VERSIONS.0..=wire::VERSIONS.1 + 1).contains(&offer.version) {
                 Err(Refusal::Busy { error: no_worker() })
+            } else if let Err(error) = self.host.room() {
+                // Others may have room. Nothing is kept of what is refused here.
+                Err(Refusal::Busy { error })
             } else {
                 match table.desk.offer(now, fresh, id, &offer.router) {
                     OnOffer::Admit => {

@@ -16,6 +16,7 @@ use crate::{crypter::LegacyMode, error::shorten};
 
 mod bus;
 mod dotenv;
+mod limits;
 mod mongo;
 mod packages;
 mod parse;
@@ -27,6 +28,7 @@ mod variables;
 mod tests;
 
 pub use bus::{BusLogin, BusServer, BusSettings, BusTls};
+pub use limits::{LimitSettings, MOST_CALLS, UserLimits};
 pub use mongo::{MongoLogin, MongoSettings, StoreSettings};
 pub use packages::{InstallOnStart, PackageSettings};
 pub use parse::ListenHost;
@@ -97,6 +99,8 @@ pub struct Settings {
     pub allowed_origins: Vec<String>,
     /// Bytes that the body of a request may have.
     pub payload_limit: usize,
+    /// What is taken in at once.
+    pub limits: LimitSettings,
     /// How long calls in flight have to finish when the program stops.
     pub shutdown_timeout: Duration,
     /// How long requests are still taken before that, so that others can see it coming.
@@ -217,6 +221,7 @@ impl Settings {
         let allowed_hosts = reader.optional("ALLOWED_HOSTS", parse::allowed_hosts).unwrap_or_default();
         let allowed_origins = reader.optional("ALLOWED_ORIGINS", parse::allowed_origins).unwrap_or_default();
         let payload_limit = reader.required("PAYLOAD_LIMIT", parse::size);
+        let limits = reader.limits(payload_limit);
         let shutdown_timeout = reader.required("SHUTDOWN_TIMEOUT_SECONDS", parse::seconds);
         let shutdown_notice = reader.optional("SHUTDOWN_NOTICE_SECONDS", parse::seconds_or_none);
         let data_dir = reader.required("DATA_DIR", parse::path);
@@ -251,6 +256,7 @@ impl Settings {
             Some(host),
             Some(port),
             Some(payload_limit),
+            Some(limits),
             Some(shutdown_timeout),
             Some(data_dir),
             Some(debug),
@@ -265,6 +271,7 @@ impl Settings {
             host,
             port,
             payload_limit,
+            limits,
             shutdown_timeout,
             data_dir,
             debug,
@@ -286,6 +293,7 @@ impl Settings {
             allowed_hosts,
             allowed_origins,
             payload_limit,
+            limits,
             shutdown_timeout,
             shutdown_notice: shutdown_notice.unwrap_or(if bus.is_some() { NOTICE } else { Duration::ZERO }),
             data_dir,

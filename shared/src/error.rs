@@ -109,7 +109,8 @@ error_codes! {
     ResultTooLarge = "result_too_large", retryable false, "The server's answer was larger than a result may be.";
     DeadlineExceeded = "deadline_exceeded", retryable true, "The call did not finish in the time it was given.";
     Cancelled = "cancelled", retryable true, "The call was cancelled before it finished.";
-    Overloaded = "overloaded", retryable true, "Too many calls are waiting; try again after `Retry-After` seconds.";
+    RateLimited = "rate_limited", retryable true, "The user has too many calls in flight or made too many lately; try again after `Retry-After` seconds.";
+    Overloaded = "overloaded", retryable true, "Too much is under way; try again after `Retry-After` seconds.";
     NoWorker = "no_worker", retryable true, "No worker can take the call right now; nothing was started.";
     WorkerLost = "worker_lost", retryable true, "The worker that ran the call is gone; whether the server did it is unknown.";
     BusUnavailable = "bus_unavailable", retryable true, "The message bus between gateways and workers cannot be reached.";

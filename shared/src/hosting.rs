@@ -11,8 +11,9 @@ use crate::{
     error::{ErrorCode, Outcome, WorkerError},
     fleet::NodeReport,
     idempotency::Idempotency,
-    ids::{ServerName, ToolName, WorkerId},
+    ids::{ServerName, ToolName, UserId, WorkerId},
     json::RawJson,
+    users::Entered,
     worker_api::{CallContext, CallStream, WorkerApi},
 };
 
@@ -150,6 +151,18 @@ pub trait Hosting: WorkerApi {
     /// be looked up in the store; with [`Placing::TakeOver`] it waits until the lease has run out, within
     /// the call's time. The call's time counts from here.
     async fn reserve(&self, context: CallContext, offer: CallOffer) -> Result<Reservation, Refusal>;
+
+    /// Whether one more call could be looked after right now; the error says that it could not. It is cheaper than
+    /// [`Hosting::reserve`], which decides.
+    fn room(&self) -> Result<(), WorkerError> {
+        Ok(())
+    }
+
+    /// Lets a service's call in on behalf of its user, as far as one user may have so many. It counts until what is
+    /// returned is dropped.
+    fn enter(&self, _user: &UserId) -> Result<Entered, WorkerError> {
+        Ok(Entered::default())
+    }
 
     /// What this worker says of itself.
     fn describe(&self) -> NodeReport;

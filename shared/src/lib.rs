@@ -14,6 +14,7 @@ pub mod ids;
 pub mod json;
 pub mod lifecycle;
 pub mod limits;
+pub mod metrics;
 pub mod node;
 pub mod package;
 pub mod remote;
@@ -22,6 +23,7 @@ pub mod store;
 pub mod telemetry;
 pub mod timestamp;
 pub mod tls;
+pub mod users;
 pub mod vault;
 pub mod worker_api;
 

@@ -1,8 +1,9 @@
 //! What every program of ours does the same way: read its settings, start logging, stop at a signal, and
 //! say by its exit status whether starting it again could help.
 
-use std::{io::Write, path::PathBuf, process::ExitCode};
+use std::{io::Write, path::PathBuf, process::ExitCode, sync::OnceLock};
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -16,6 +17,27 @@ pub const EX_CONFIG: u8 = 78;
 /// The exit status for something that may pass, such as a data folder that is in use (`EX_TEMPFAIL`).
 pub const EX_TEMPFAIL: u8 = 75;
 
+/// The number of open files that this process was started with, if it was changed since.
+static OPEN_FILES: OnceLock<u64> = OnceLock::new();
+
+/// Allows this process as many open files as the system lets it have: each client is one, and the usual 1024 are
+/// few. What is started as somebody else's program gets [`open_files_before`] back, because programs that close or count
+/// all descriptors that they might have become very slow with a huge number.
+pub fn raise_open_files() {
+    // Where that is not allowed there are as many as there are.
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && soft < hard
+        && setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_ok()
+    {
+        let _ = OPEN_FILES.set(soft);
+    }
+}
+
+/// The number of open files that this process was started with, if it has more now.
+pub fn open_files_before() -> Option<u64> {
+    OPEN_FILES.get().copied()
+}
+
 /// Reads the settings, starts logging and a runtime, and runs `main` in it. `program` is the name that
 /// complaints begin with.
 pub fn run(
@@ -23,6 +45,7 @@ pub fn run(
     env_file: Option<PathBuf>,
     main: impl AsyncFnOnce(&Settings) -> ExitCode,
 ) -> ExitCode {
+    raise_open_files();
     let env_file = config::env_file(env_file);
     let settings = match Settings::load(config::process_environment(), env_file.as_deref()) {
         Ok(settings) => settings,

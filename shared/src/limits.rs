@@ -32,8 +32,6 @@ table! {
     CONCURRENCY_MAX: u32 = 1_024;
     /// The most that a record's `instances` may be.
     INSTANCES_MAX: u32 = 64;
-    /// Calls that may wait for a free slot of one server, within their deadlines.
-    CALL_QUEUE: usize = 1_024;
     /// Processes of one `per_user` server that may run at once on one worker.
     PER_USER_PROCESSES: usize = 256;
     /// Bytes of one tool result.
@@ -208,8 +206,11 @@ table! {
     DISCARDED_BYTES: usize = 64 * 1024 * 1024;
     /// Bytes of a server's command, arguments and environment together.
     COMMAND_BYTES: usize = 1024 * 1024;
-    /// Connections that one gateway serves at once.
-    CONNECTIONS: usize = 10_000;
+    /// Users whose rates are remembered, where `USER_MAX_RATE` sets one.
+    USERS: usize = 65_536;
+    /// Connections that one gateway serves at once. More than the default of `MAX_CALLS`, so that whoever comes too
+    /// many is told so.
+    CONNECTIONS: usize = 20_000;
     /// Connections to a worker's health that are served at once.
     HEALTH_CONNECTIONS: usize = 64;
     /// How long such a connection, which has one request, may take.

@@ -1,4 +1,5 @@
-//! A worker's health over HTTP, for orchestrators: whether the process lives, and whether it can take calls.
+//! A worker's health over HTTP, for orchestrators: whether the process lives, and whether it can take calls. And what
+//! it counts, for Prometheus.
 //!
 //! It is so small that it needs no framework. A connection has one request and little time, so that nobody
 //! can hold it open; and what it tells is worth nothing to strangers.
@@ -19,13 +20,14 @@ use mcp_shared::{
     error::{ErrorCode, WorkerError},
     ids::RequestId,
     limits,
+    metrics::{CONTENT_TYPE, Exposition},
     vault::Vault,
 };
 use serde_json::{Value, json};
 use tokio::{net::TcpListener, sync::Semaphore, time::timeout};
 use tokio_util::sync::CancellationToken;
 
-use crate::bus::Bus;
+use crate::{bus::Bus, worker::Worker};
 
 /// How long to wait before accepting again when the system has no more descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -35,6 +37,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub struct Health {
     vault: OnceLock<Vault>,
     bus: OnceLock<Bus>,
+    metrics: OnceLock<Exposition>,
     serving: OnceLock<()>,
     draining: CancellationToken,
 }
@@ -43,6 +46,13 @@ impl Health {
     /// The store was opened.
     pub fn store(&self, vault: &Vault) {
         let _ = self.vault.set(vault.clone());
+    }
+
+    /// The worker was opened.
+    pub fn worker(&self, worker: &Arc<Worker>) {
+        let mut metrics = Exposition::default();
+        worker.show(&mut metrics);
+        let _ = self.metrics.set(metrics);
     }
 
     /// The bus was connected to.
@@ -89,25 +99,53 @@ impl Health {
         missing
     }
 
-    async fn answer(&self, method: &Method, path: &str) -> (StatusCode, Value) {
-        let request = RequestId::generate();
+    async fn answer(&self, method: &Method, path: &str) -> Answer {
         match (method, path) {
-            (&Method::GET | &Method::HEAD, "/healthz") => (StatusCode::OK, json!({"status": "ok"})),
+            (&Method::GET | &Method::HEAD, "/healthz") => {
+                Answer::json(StatusCode::OK, &json!({"status": "ok"}))
+            }
             (&Method::GET | &Method::HEAD, "/readyz") => {
                 let missing = self.missing().await;
                 let Some((_, code)) = missing.first() else {
-                    return (StatusCode::OK, json!({"status": "ready"}));
+                    return Answer::json(StatusCode::OK, &json!({"status": "ready"}));
                 };
                 let names: Vec<_> = missing.iter().map(|(name, _)| *name).collect();
                 let text = format!("Not ready: {}", names.join(", "));
                 let error = WorkerError::new(*code, text).with("notReady", names);
-                (StatusCode::SERVICE_UNAVAILABLE, failure(&error, &request))
+                Answer::error(StatusCode::SERVICE_UNAVAILABLE, &error)
             }
+            (&Method::GET | &Method::HEAD, "/metrics") => match self.metrics.get().map(Exposition::text) {
+                Some(Ok(text)) => Answer { status: StatusCode::OK, kind: CONTENT_TYPE, body: text },
+                Some(Err(error)) => {
+                    Answer::error(StatusCode::INTERNAL_SERVER_ERROR, &WorkerError::internal(error))
+                }
+                None => {
+                    let error = WorkerError::new(ErrorCode::StoreUnavailable, "This worker is starting");
+                    Answer::error(StatusCode::SERVICE_UNAVAILABLE, &error)
+                }
+            },
             _ => {
                 let error = WorkerError::new(ErrorCode::NotFound, "There is no such route");
-                (StatusCode::NOT_FOUND, failure(&error, &request))
+                Answer::error(StatusCode::NOT_FOUND, &error)
             }
         }
+    }
+}
+
+/// What a request is answered with.
+struct Answer {
+    status: StatusCode,
+    kind: &'static str,
+    body: String,
+}
+
+impl Answer {
+    fn json(status: StatusCode, document: &Value) -> Self {
+        Self { status, kind: "application/json; charset=utf-8", body: document.to_string() }
+    }
+
+    fn error(status: StatusCode, error: &WorkerError) -> Self {
+        Self::json(status, &failure(error, &RequestId::generate()))
     }
 }
 
@@ -147,11 +185,14 @@ async fn respond(
     health: Arc<Health>,
     request: Request<Incoming>,
 ) -> Result<Response<Full<Bytes>>, Infallible> {
-    let (status, body) = health.answer(request.method(), request.uri().path()).await;
-    let mut response = Response::new(Full::new(Bytes::from(body.to_string())));
+    let Answer { status, kind, body } = health.answer(request.method(), request.uri().path()).await;
+    let mut response = Response::new(Full::new(Bytes::from(body)));
     *response.status_mut() = status;
     let headers = response.headers_mut();
-    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json; charset=utf-8"));
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
+    if status == StatusCode::SERVICE_UNAVAILABLE {
+        headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+    }
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     Ok(response)

@@ -7,7 +7,7 @@ use std::{
 };
 
 use mcp_shared::{
-    config::{GoogleCredentials, PackageSettings, RemoteSettings},
+    config::{GoogleCredentials, LimitSettings, PackageSettings, RemoteSettings},
     ids::{SecretName, UserId, WorkerId},
     server::{Isolation, Scaling, ServerRecord},
     store::SealedSecret,
@@ -73,6 +73,8 @@ pub struct Host {
     pub changed: watch::Sender<()>,
     /// Bounds starts that nobody waits for.
     pub background_starts: Semaphore,
+    /// What is taken in at once.
+    pub limits: LimitSettings,
 }
 
 /// What a user's own process gets in its environment.
@@ -96,6 +98,7 @@ impl Host {
         boot: Boot,
         packages: &PackageSettings,
         remote: &RemoteSettings,
+        limits: &LimitSettings,
     ) -> Self {
         let http = Outgoing::new(remote.egress.clone());
         let worker_id = WorkerId::generate();
@@ -121,6 +124,7 @@ impl Host {
             leases,
             changed: watch::Sender::new(()),
             background_starts: Semaphore::new(BACKGROUND_STARTS),
+            limits: limits.clone(),
         }
     }
 

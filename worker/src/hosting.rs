@@ -5,9 +5,10 @@ use std::collections::HashSet;
 use async_trait::async_trait;
 use mcp_shared::{
     error::{ErrorCode, WorkerError},
-    fleet::{NodeReport, ServerLoad},
+    fleet::NodeReport,
     hosting::{CallOffer, Hosting, Refusal, Reservation},
-    ids::ServerName,
+    ids::{ServerName, UserId},
+    users::Entered,
     worker_api::CallContext,
 };
 use tokio::sync::watch;
@@ -15,7 +16,7 @@ use tokio::sync::watch;
 use crate::{
     call::stopping,
     group::current,
-    worker::{Worker, stored_listings},
+    worker::{Worker, stored_listings, too_many_calls},
 };
 
 #[async_trait]
@@ -24,8 +25,16 @@ impl Hosting for Worker {
         self.admit(context, offer).await
     }
 
+    fn room(&self) -> Result<(), WorkerError> {
+        if self.room.available_permits() > 0 { Ok(()) } else { Err(too_many_calls()) }
+    }
+
+    fn enter(&self, user: &UserId) -> Result<Entered, WorkerError> {
+        self.users.enter(user).map_err(|refused| refused.error())
+    }
+
     fn describe(&self) -> NodeReport {
-        let mut servers: Vec<ServerLoad> = self.entries().iter().filter_map(|entry| entry.load()).collect();
+        let mut servers = self.loads();
         servers.sort_unstable_by(|one, other| one.name.cmp(&other.name));
         NodeReport {
             draining: self.host.draining.is_cancelled(),

@@ -12,6 +12,7 @@ mod instance;
 mod leases;
 mod logs;
 mod mcp;
+mod meters;
 mod oauth;
 mod outgoing;
 pub mod packages;

@@ -141,9 +141,10 @@ async fn start(
 ) -> Result<(Arc<Worker>, Bus), NodeError> {
     let vault = node::open(settings, stop).await?;
     health.store(&vault);
-    let (packages, remote) = (&settings.packages, &settings.remote);
+    let (packages, remote, limits) = (&settings.packages, &settings.remote, &settings.limits);
     let program = supervisor::this_program();
-    let worker = Worker::open(vault.clone(), program, Boot::OnDemand, packages, remote).await?;
+    let worker = Worker::open(vault.clone(), program, Boot::OnDemand, packages, remote, limits).await?;
+    health.worker(&worker);
     let bus = node::patiently(settings, stop, async || Bus::connect(bus, &worker).await).await?;
     vault.record_key().await?;
     worker.serve_jobs(bus.fleet());

@@ -26,6 +26,7 @@ use std::{
     },
 };
 
+use mcp_shared::lifecycle;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde::{Deserialize, Serialize};
 use tokio::{
@@ -39,7 +40,8 @@ mod restrictions;
 
 pub use process::run;
 
-/// The argument that makes our executable a supervisor. Every program that uses a worker must call
+/// The argument that makes our executable a supervisor; what may follow is the number of files that it, and so every
+/// server, may have open. Every program that uses a worker must call
 /// [`run`] when it finds it, before anything else.
 pub const ARGUMENT: &str = "__supervise-children";
 
@@ -247,6 +249,7 @@ impl Link {
         let mut process = Command::new(executable)
             .arg0("mcp-supervisor")
             .arg(ARGUMENT)
+            .args(lifecycle::open_files_before().map(|count| count.to_string()))
             .env_clear()
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::null())

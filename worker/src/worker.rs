@@ -9,21 +9,23 @@ use std::{
 
 use async_trait::async_trait;
 use mcp_shared::{
-    config::{PackageSettings, RemoteSettings},
+    config::{LimitSettings, PackageSettings, RemoteSettings},
     error::{ErrorCode, Outcome, WorkerError},
     fleet::{Fleet, NodeReport, NodeView, Role},
     hosting::{CallOffer, Hosting, Placing, Refusal, Reservation},
     ids::{ServerName, UserId, WorkerId},
     json::RawJson,
     limits,
+    metrics::{self, Limit},
     package::{Latest, LatestQuery},
     remote::{RemoteAnswer, RemoteAsk},
     server::Isolation,
+    users::Users,
     vault::{Vault, VaultError},
     worker_api::{CallContext, CallEvent, CallStream, Change, ServerReport, ToolCall, WorkerApi},
 };
 use tokio::{
-    sync::{mpsc, oneshot},
+    sync::{Semaphore, mpsc, oneshot},
     time::{Instant, sleep, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -51,6 +53,10 @@ pub struct Worker {
     entries: Arc<Entries>,
     /// Calls in flight, which a stop waits for.
     calls: TaskTracker,
+    /// A permit for each call that this worker may look after.
+    pub(crate) room: Arc<Semaphore>,
+    /// Whose calls came on NATS.
+    pub(crate) users: Arc<Users>,
     /// What the fleet is told of it, less what changes.
     pub(crate) me: NodeReport,
     /// Servers that were changed and could not be read since.
@@ -68,10 +74,11 @@ impl Worker {
         boot: Boot,
         packages: &PackageSettings,
         remote: &RemoteSettings,
+        limits: &LimitSettings,
     ) -> Result<Arc<Self>, VaultError> {
         let servers = vault.servers().await?;
         let mut listings = stored_listings(&vault).await?;
-        let host = Arc::new(Host::new(vault, executable, boot, packages, remote));
+        let host = Arc::new(Host::new(vault, executable, boot, packages, remote, limits));
         let entries: HashMap<_, _> = servers
             .into_iter()
             .map(|server| {
@@ -98,6 +105,8 @@ impl Worker {
             host,
             entries,
             calls: TaskTracker::new(),
+            room: Arc::new(Semaphore::new(limits.worker_calls)),
+            users: Users::new(limits.user),
             me,
             unread: Arc::default(),
             leave: CancellationToken::new(),
@@ -229,6 +238,9 @@ impl Worker {
         if self.host.draining.is_cancelled() {
             return Err(Refusal::Draining);
         }
+        let Ok(room) = Arc::clone(&self.room).try_acquire_owned() else {
+            return Err(Refusal::Busy { error: too_many_calls() });
+        };
         let refused = |error: WorkerError| Refusal::Error { error: error.or_outcome(Outcome::NotStarted) };
         let entry = self.entry(&offer.server).map_err(refused)?;
         let record = current(&entry.record);
@@ -265,6 +277,7 @@ impl Worker {
         };
         self.calls.spawn(async move {
             end.send(CallEvent::Done(call.run(Go { held: Some(held_sender), arguments }).await));
+            drop(room);
         });
         Ok(Reservation::new(held, arguments_sender, CallStream::new(receiver, guard), limit, repeatable))
     }
@@ -429,6 +442,14 @@ async fn bring_in_line(host: &Arc<Host>, entries: &Entries, server: &ServerName)
             entries.remove(server);
         }
     }
+}
+
+/// The refusal of a call that would be one too many for this worker; it is counted.
+pub(crate) fn too_many_calls() -> WorkerError {
+    metrics::count_refusal(Limit::WorkerCalls);
+    WorkerError::new(ErrorCode::Overloaded, "This worker has too many calls in flight")
+        .outcome(Outcome::NotStarted)
+        .retry_after(Duration::from_secs(1))
 }
 
 fn all(entries: &Entries) -> Vec<Arc<Entry>> {

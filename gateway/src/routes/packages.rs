@@ -8,7 +8,6 @@ use axum::{
     extract::{FromRequestParts, Path, Query, State, rejection::QueryRejection},
     response::Response,
 };
-use bytes::Bytes;
 use futures_util::{StreamExt, future::join_all, stream};
 use http::{HeaderMap, StatusCode, request::Parts};
 use http_body::Body as _;
@@ -170,8 +169,7 @@ pub async fn upgrade(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Problem> {
-    let body =
-        if body.is_end_stream() { Bytes::from_static(b"{}") } else { app.body(&headers, body).await? };
+    let body = if body.is_end_stream() { app.no_body() } else { app.body(&headers, body).await? };
     let fields = Fields::parse(&body)?;
     let user = user(&fields)?;
     let version = package_input::version(&fields)?;

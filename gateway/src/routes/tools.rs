@@ -11,7 +11,7 @@ use axum::{
     },
 };
 use bytes::Bytes;
-use futures_util::stream;
+use futures_util::{StreamExt, stream};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use mcp_shared::{
     answer::{failure, success},
@@ -19,10 +19,12 @@ use mcp_shared::{
     idempotency::Idempotency,
     ids::{IdempotencyKey, RequestId, ServerName, ToolName},
     json::RawJson,
+    users::Entered,
     worker_api::{CallContext, CallEvent, CallStream, ToolCall},
 };
 
 use crate::{
+    admission::{InFlight, Room},
     app::{App, Id, context, user, wants_events},
     body::{Field, Fields},
     login::Origin,
@@ -42,12 +44,13 @@ pub async fn call(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Problem> {
-    let (context, call) = read_call(&app, id.clone(), &headers, body).await.map_err(Problem::not_started)?;
+    let (place, context, call) =
+        admitted(&app, id.clone(), &headers, body).await.map_err(Problem::not_started)?;
     let progress = call.progress;
     let stream = app.worker.call_tool(context, call).await;
     let stream = stream.map_err(|error| origin.invite(error.or_outcome(Outcome::NotStarted)))?;
     if progress {
-        return Ok(events(stream, id, origin));
+        return Ok(events(stream, id, origin, place));
     }
     // Dropping this future, which the HTTP server does when the client goes away, cancels the call.
     let (result, replayed) = ended(stream).await;
@@ -78,15 +81,33 @@ async fn ended(mut stream: CallStream) -> (Result<RawJson, WorkerError>, bool) {
     (Err(WorkerError::internal("a call ended without a result")), replayed)
 }
 
-/// What is called, and on whose behalf. Whatever is wrong here, the call was not started.
-async fn read_call(
+/// What a call takes up of this gateway, for as long as it is not over.
+struct Place {
+    _call: InFlight,
+    _body: Room,
+    _user: Entered,
+}
+
+/// Reads a call, as far as there is room for it. Whatever is wrong here, it was not started.
+///
+/// The gateway's own limits come first, before a byte of the body is read. Whom the call is for stands in the body, so
+/// that the user's limits come last.
+async fn admitted(
     app: &App,
     id: RequestId,
     headers: &HeaderMap,
     body: Body,
-) -> Result<(CallContext, ToolCall), Problem> {
+) -> Result<(Place, CallContext, ToolCall), Problem> {
+    let in_flight = app.admission.call()?;
     let body = app.body(headers, body).await?;
-    let fields = Fields::parse(&body)?;
+    let (context, call) = read_call(id, headers, &body)?;
+    let user = app.admission.user(&context)?;
+    Ok((Place { _call: in_flight, _body: body.room, _user: user }, context, call))
+}
+
+/// What is called, and on whose behalf.
+fn read_call(id: RequestId, headers: &HeaderMap, body: &Bytes) -> Result<(CallContext, ToolCall), Problem> {
+    let fields = Fields::parse(body)?;
     let context = context(id, user(&fields)?, headers)?;
     let server = ServerName::parse_existing(&fields.required("serverName")?)?;
     let tool = ToolName::parse(&fields.required("methodName")?)?;
@@ -129,7 +150,7 @@ pub async fn list(State(app): State<Arc<App>>) -> Result<Response, Problem> {
 }
 
 /// Progress as it comes, then the same document that a plain answer would have had.
-fn events(stream: CallStream, id: RequestId, origin: Origin) -> Response {
+fn events(stream: CallStream, id: RequestId, origin: Origin, place: Place) -> Response {
     let events = stream::unfold(Some((stream, id, origin)), async |state| {
         let (mut stream, id, origin) = state?;
         let (name, data, rest) = match stream.next().await {
@@ -148,6 +169,11 @@ fn events(stream: CallStream, id: RequestId, origin: Origin) -> Response {
             }
         };
         Some((Ok::<_, Infallible>(Event::default().event(name).data(data)), rest))
+    });
+    // The call is over for its place when nobody reads any more.
+    let events = events.map(move |event| {
+        let _held = &place;
+        event
     });
     Sse::new(events).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)).into_response()
 }

@@ -34,6 +34,8 @@ mod lifecycle;
 mod logins;
 #[path = "../it/oauth.rs"]
 mod oauth;
+#[path = "../it/overload.rs"]
+mod overload;
 #[path = "../it/packages.rs"]
 mod packages;
 #[path = "../it/packages_input.rs"]
@@ -63,6 +65,7 @@ mod bodies;
 mod faults;
 mod fleet;
 mod mongodb_alone;
+mod overload_fleet;
 mod packages_fleet;
 mod placement;
 mod reads_after_writes;

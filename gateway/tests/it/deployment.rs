@@ -233,6 +233,17 @@ impl Node {
         i32::try_from(self.child.id()).unwrap()
     }
 
+    /// What it shows of a metric.
+    pub async fn metric(&self, client: &reqwest::Client, name: &str) -> Option<f64> {
+        let answer = client.get(format!("{}/metrics", self.base)).send().await.unwrap();
+        assert_eq!(answer.status(), 200);
+        let kind = answer.headers()["content-type"].to_str().unwrap().to_owned();
+        assert!(kind.starts_with("application/openmetrics-text"), "{kind}");
+        let text = answer.text().await.unwrap();
+        let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '))?;
+        Some(value.parse().unwrap())
+    }
+
     /// Sends a signal.
     #[allow(dead_code, reason = "only tests of clusters signal single nodes")]
     pub fn signal(&self, signal: Signal) {
@@ -426,6 +437,20 @@ impl Deployment {
     /// What the programs logged so far.
     pub fn log(&self) -> String {
         self.nodes.iter().map(|node| std::fs::read_to_string(&node.log).unwrap()).collect()
+    }
+
+    /// All processes of the programs.
+    pub fn programs(&self) -> Vec<i32> {
+        self.nodes.iter().map(Node::pid).collect()
+    }
+
+    /// What the programs show of a metric, added up. `name` has its labels.
+    pub async fn metric(&self, name: &str) -> f64 {
+        let mut sum = 0.0;
+        for node in &self.nodes {
+            sum += node.metric(&self.client, name).await.unwrap_or(0.0);
+        }
+        sum
     }
 
     /// A request to be completed by the test.

@@ -22,6 +22,7 @@ mod idempotency;
 mod lifecycle;
 mod logins;
 mod oauth;
+mod overload;
 mod packages;
 mod packages_input;
 mod processes;

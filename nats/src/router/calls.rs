@@ -8,10 +8,14 @@ use mcp_shared::{
     hosting::Refusal,
     ids::WorkerId,
     json::RawJson,
-    limits,
+    limits, metrics,
     worker_api::{CallContext, CallEvent, ToolCall},
 };
-use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
+use tokio::sync::{
+    OwnedSemaphorePermit,
+    mpsc::{self, error::TrySendError},
+    oneshot,
+};
 
 use super::{BODIES_KIB, Inner, lock, posts::Post};
 use crate::{
@@ -267,8 +271,11 @@ impl Inner {
                 }
                 ToRouter::Progress if going => {
                     // A reader who is slow misses some.
-                    if let Some(events) = &state.events {
-                        let _ = events.try_send(CallEvent::Progress(RawJson::from_parsed(body)));
+                    if let Some(events) = &state.events
+                        && let Err(TrySendError::Full(_)) =
+                            events.try_send(CallEvent::Progress(RawJson::from_parsed(body)))
+                    {
+                        metrics::count_dropped_progress();
                     }
                     return;
                 }

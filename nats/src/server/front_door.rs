@@ -11,6 +11,7 @@ use mcp_shared::{
     ids::{RequestId, ServerName, ToolName, UserId},
     json::RawJson,
     limits,
+    metrics::{self, Limit},
     worker_api::{CallContext, ToolCall, WorkerApi},
 };
 use serde::Deserialize;
@@ -19,7 +20,7 @@ use tokio::sync::Semaphore;
 use super::Inner;
 use crate::{micro, subjects::token};
 
-/// Calls of services that one worker sees to at once.
+/// Calls of services that one worker sees to at once; and refusals of further ones that may wait to be sent.
 const OPEN: usize = 1_024;
 /// What a reply may have around it.
 const AROUND: usize = 1_024;
@@ -58,7 +59,7 @@ pub(super) async fn open(inner: &Arc<Inner>) {
     };
     let door = Arc::clone(inner);
     inner.tasks.spawn(async move {
-        let room = Arc::new(Semaphore::new(OPEN));
+        let (room, refusals) = (Arc::new(Semaphore::new(OPEN)), Arc::new(Semaphore::new(OPEN)));
         loop {
             let request = tokio::select! {
                 request = endpoint.next() => request,
@@ -69,20 +70,17 @@ pub(super) async fn open(inner: &Arc<Inner>) {
             if !request.message.reply.as_ref().is_some_and(|reply| door.bus.subjects().is_foreign(reply)) {
                 continue;
             }
-            let permit = Arc::clone(&room).try_acquire_owned();
+            let Ok(permit) = Arc::clone(&room).try_acquire_owned() else {
+                door.turn_away(request, &refusals);
+                continue;
+            };
             let inner = Arc::clone(&door);
             door.tasks.spawn(async move {
-                let reply = match permit {
-                    Ok(_permit) => inner.serve(&request).await,
-                    Err(_) => {
-                        let error = WorkerError::new(ErrorCode::Overloaded, "Too many services are calling")
-                            .outcome(Outcome::NotStarted);
-                        failure(&error, &RequestId::generate())
-                    }
-                };
+                let reply = inner.serve(&request).await;
                 if let Err(error) = request.respond(Ok(reply)).await {
                     tracing::warn!(error.cause = %error, "a service was not answered");
                 }
+                drop(permit);
             });
         }
         let _ = tokio::time::timeout(Duration::from_secs(1), service.stop()).await;
@@ -90,16 +88,31 @@ pub(super) async fn open(inner: &Arc<Inner>) {
 }
 
 impl Inner {
+    /// Refuses a request. Where not even refusals are taken by the connection, it is dropped.
+    fn turn_away(self: &Arc<Self>, request: Request, refusals: &Arc<Semaphore>) {
+        metrics::count_refusal(Limit::ServiceCalls);
+        let permit = Arc::clone(refusals).try_acquire_owned();
+        // Only the address is kept while the refusal waits: requests can be large.
+        let (Ok(permit), Some(reply)) = (permit, request.message.reply) else { return };
+        let inner = Arc::clone(self);
+        self.tasks.spawn(async move {
+            let error = WorkerError::new(ErrorCode::Overloaded, "Too many services are calling")
+                .outcome(Outcome::NotStarted)
+                .retry_after(Duration::from_secs(1));
+            let refusal = failure(&error, &RequestId::generate());
+            if let Err(error) = inner.bus.publish(reply, refusal).await {
+                tracing::debug!(error.cause = %error, "a service was not answered");
+            }
+            drop(permit);
+        });
+    }
+
     async fn serve(&self, request: &Request) -> Bytes {
         let id = RequestId::generate();
         let (id, result) = match self.read(&request.message.subject, &request.message.payload, id.clone()) {
             Ok((context, call)) => {
                 let id = context.request_id.clone();
-                let result = match self.router.call_tool(context, call).await {
-                    Ok(stream) => stream.result().await.map_err(|error| error.or_outcome(Outcome::Unknown)),
-                    Err(error) => Err(error.or_outcome(Outcome::NotStarted)),
-                };
-                (id, result)
+                (id, self.call(context, call).await)
             }
             Err(error) => (id, Err(error.outcome(Outcome::NotStarted))),
         };
@@ -118,6 +131,13 @@ impl Inner {
             }
             Err(error) => failure(&error, &id),
         }
+    }
+
+    async fn call(&self, context: CallContext, call: ToolCall) -> Result<RawJson, WorkerError> {
+        let not_started = |error: WorkerError| error.or_outcome(Outcome::NotStarted);
+        let _entered = self.host.enter(&context.user).map_err(not_started)?;
+        let stream = self.router.call_tool(context, call).await.map_err(not_started)?;
+        stream.result().await.map_err(|error| error.or_outcome(Outcome::Unknown))
     }
 
     fn read(
@@ -176,6 +196,11 @@ fn named(token_: &str, name: Option<String>, what: &str) -> Result<String, Worke
     Err(WorkerError::new(ErrorCode::InvalidRequest, text))
 }
 
+/// The document that a gateway would answer with, and what it would say in the header `Retry-After`.
 fn failure(error: &WorkerError, id: &RequestId) -> Bytes {
-    serde_json::to_vec(&answer::failure(error, id)).map(Bytes::from).unwrap_or_default()
+    let mut document = answer::failure(error, id);
+    if let (Some(wait), Some(fields)) = (error.retry_after_ms, document.as_object_mut()) {
+        fields.insert("retryAfterMs".to_owned(), wait.into());
+    }
+    serde_json::to_vec(&document).map(Bytes::from).unwrap_or_default()
 }

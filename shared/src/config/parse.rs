@@ -95,7 +95,7 @@ pub(super) fn host_and_port(text: &str) -> Option<(String, Option<u16>)> {
 }
 
 /// A whole number of digits alone: the standard library would also take `+80`.
-fn whole(text: &str) -> Option<u64> {
+pub(super) fn whole(text: &str) -> Option<u64> {
     text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse().ok()).flatten()
 }
 
@@ -157,9 +157,19 @@ pub(super) fn port(text: &str) -> Result<u16, Valid> {
 
 /// The least and the most that `PAYLOAD_LIMIT` may be.
 const PAYLOAD: std::ops::RangeInclusive<u64> = 1024..=1024 * 1024 * 1024;
+/// The least and the most that `MAX_BODY_BYTES` may be.
+const ROOM: std::ops::RangeInclusive<u64> = 1024 * 1024..=64 * 1024 * 1024 * 1024;
 
 pub(super) fn size(text: &str) -> Result<usize, Valid> {
-    const VALID: Valid = "a size from 1kb to 1gb, such as 6mb, 512kb, 1.5mb or 1048576";
+    bytes_within(text, PAYLOAD).ok_or("a size from 1kb to 1gb, such as 6mb, 512kb, 1.5mb or 1048576")
+}
+
+/// Room for many bodies.
+pub(super) fn room(text: &str) -> Result<usize, Valid> {
+    bytes_within(text, ROOM).ok_or("a size from 1mb to 64gb, such as 256mb or 1gb")
+}
+
+fn bytes_within(text: &str, valid: std::ops::RangeInclusive<u64>) -> Option<usize> {
     let text = text.to_ascii_lowercase();
     let units = [("kb", 1024), ("mb", 1024 * 1024), ("gb", 1024 * 1024 * 1024), ("b", 1)];
     let (number, unit) = units
@@ -171,15 +181,15 @@ pub(super) fn size(text: &str) -> Result<usize, Valid> {
     // Bytes are not divisible, and nine digits after the point are exact below 1gb.
     let divisible = unit > 1 || !number.contains('.');
     if integer.is_empty() || fraction.is_empty() || fraction.len() > 9 || !divisible {
-        return Err(VALID);
+        return None;
     }
     let scale = 10_u64.pow(u32::try_from(fraction.len()).unwrap_or(0));
     let bytes = whole(integer)
         .and_then(|integer| integer.checked_mul(unit))
         .zip(whole(fraction))
         .and_then(|(bytes, fraction)| bytes.checked_add(fraction * unit / scale))
-        .filter(|bytes| PAYLOAD.contains(bytes));
-    bytes.and_then(|bytes| usize::try_from(bytes).ok()).ok_or(VALID)
+        .filter(|bytes| valid.contains(bytes));
+    bytes.and_then(|bytes| usize::try_from(bytes).ok())
 }
 
 pub(super) fn boolean(text: &str) -> Result<bool, Valid> {

@@ -80,6 +80,53 @@ pub const VARIABLES: &[Variable] = &[
          request. From 0 to 600; longer than a balancer needs to notice.",
     ),
     plain(
+        "MAX_CALLS",
+        "16384",
+        Group::Limits,
+        Since::Now,
+        "Calls in flight at one gateway; further ones are answered with 503 overloaded. From 1 to 1000000.",
+    ),
+    plain(
+        "MAX_BODY_BYTES",
+        "256mb",
+        Group::Limits,
+        Since::Now,
+        "Bytes of request bodies in flight at one gateway, a call's until it is over; further ones are answered with \
+         503 overloaded. From 1mb to 64gb, and not below PAYLOAD_LIMIT.",
+    ),
+    plain(
+        "USER_MAX_CALLS",
+        "none",
+        Group::Limits,
+        Since::Now,
+        "Calls in flight of one user; further ones are answered with 429 rate_limited. Each gateway counts the calls that \
+         it is sent, and each worker those of services on NATS that it answers. none: no limit.",
+    ),
+    plain(
+        "USER_MAX_RATE",
+        "none",
+        Group::Limits,
+        Since::Now,
+        "Calls of one user in a second, such as 50 or 0.5; a second's calls may come at once. Further ones are answered \
+         with 429 rate_limited, and counted as those of USER_MAX_CALLS. none: no limit.",
+    ),
+    plain(
+        "WORKER_MAX_CALLS",
+        "16384",
+        Group::Limits,
+        Since::Now,
+        "Calls that one worker, or the program alone, looks after at once, running and waiting. Further ones go to \
+         another worker, or are answered with 503 overloaded. From 1 to 1000000.",
+    ),
+    plain(
+        "SERVER_QUEUE",
+        "1024",
+        Group::Limits,
+        Since::Now,
+        "Calls that may wait on one worker for a free slot of one server (of one user's own process), within their \
+         deadlines; further ones are treated as those of WORKER_MAX_CALLS. From 1 to 1000000.",
+    ),
+    plain(
         "DATA_DIR",
         "./data",
         Group::Storage,
@@ -238,15 +285,15 @@ pub const VARIABLES: &[Variable] = &[
         "127.0.0.1",
         Group::Cluster,
         Since::Now,
-        "Address of a worker's health. Any address may be chosen: it tells whether the worker lives and is \
-         ready, and nothing else.",
+        "Address of a worker's health and metrics. Any address may be chosen: it tells whether the worker \
+         lives, is ready and how busy it is, and nothing of whom it works for.",
     ),
     plain(
         "WORKER_PORT",
         "9090",
         Group::Cluster,
         Since::Now,
-        "Port of a worker's health; 0 picks a free one and logs it.",
+        "Port of a worker's health and metrics; 0 picks a free one and logs it.",
     ),
     secret(
         "MONGODB_URI",

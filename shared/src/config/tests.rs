@@ -44,6 +44,7 @@ fn nothing_set_gives_the_defaults() {
     assert_eq!(settings.payload_limit, 6 * 1024 * 1024);
     assert_eq!(settings.shutdown_timeout, Duration::from_secs(30));
     assert_eq!(settings.shutdown_notice, Duration::ZERO);
+    assert_eq!(settings.limits, LimitSettings::default());
     assert_eq!(settings.log_format, LogFormat::Auto);
     assert!(settings.secrets_key.is_none() && settings.secrets_keys_file.is_none());
     assert!(settings.legacy.is_none() && settings.log_filter.is_none());
@@ -68,6 +69,12 @@ fn every_value_is_read() {
         ("ALLOWED_HOSTS", "Tools.Example.com, 10.0.0.7:8080,[FD00:0::1]:90,, mcp_api,mcp_api"),
         ("ALLOWED_ORIGINS", "https://App.example.com:443,http://localhost:3000,chrome-extension://abc"),
         ("PAYLOAD_LIMIT", "512KB"),
+        ("MAX_CALLS", "100"),
+        ("MAX_BODY_BYTES", "1.5gb"),
+        ("USER_MAX_CALLS", "8"),
+        ("USER_MAX_RATE", "0.5"),
+        ("WORKER_MAX_CALLS", "200"),
+        ("SERVER_QUEUE", "10"),
         ("SHUTDOWN_TIMEOUT_SECONDS", " 600 "),
         ("SHUTDOWN_NOTICE_SECONDS", "20"),
         ("DATA_DIR", "/srv/mcp data"),
@@ -99,6 +106,14 @@ fn every_value_is_read() {
         ["https://app.example.com", "http://localhost:3000", "chrome-extension://abc"]
     );
     assert_eq!(settings.payload_limit, 512 * 1024);
+    let limits = LimitSettings {
+        calls: 100,
+        body_bytes: 3 << 29,
+        user: UserLimits { calls: Some(8), rate: Some(0.5) },
+        worker_calls: 200,
+        server_queue: 10,
+    };
+    assert_eq!(settings.limits, limits);
     assert_eq!(settings.shutdown_timeout, Duration::from_secs(600));
     assert_eq!(settings.shutdown_notice, Duration::from_secs(20));
     assert_eq!(settings.data_dir, Path::new("/srv/mcp data"));
@@ -212,6 +227,14 @@ fn bad_values_are_refused_with_what_would_be_valid() {
         ("ALLOWED_ORIGINS", "://a", "origins, comma-separated"),
         ("ALLOWED_ORIGINS", "file://", "origins, comma-separated"),
         ("PAYLOAD_LIMIT", "2gb", "from 1kb to 1gb"),
+        ("MAX_CALLS", "0", "a whole number from 1 to 1000000"),
+        ("MAX_CALLS", "none", "a whole number from 1 to 1000000"),
+        ("MAX_BODY_BYTES", "5mb", "less than PAYLOAD_LIMIT"),
+        ("MAX_BODY_BYTES", "65gb", "from 1mb to 64gb"),
+        ("USER_MAX_CALLS", "0", "or none"),
+        ("USER_MAX_RATE", "1e3", "such as 50 or 0.5, or none"),
+        ("WORKER_MAX_CALLS", "1000001", "a whole number from 1 to 1000000"),
+        ("SERVER_QUEUE", "-1", "a whole number from 1 to 1000000"),
         ("SHUTDOWN_TIMEOUT_SECONDS", "0", "from 1 to 600"),
         ("SHUTDOWN_TIMEOUT_SECONDS", "601", "from 1 to 600"),
         ("SHUTDOWN_NOTICE_SECONDS", "601", "from 0 to 600"),

@@ -18,6 +18,8 @@ pub enum Since {
 pub enum Group {
     /// Where the program listens and whom it answers.
     Http,
+    /// How much is taken in at once.
+    Limits,
     /// Where data is kept.
     Storage,
     /// How secrets are encrypted.
@@ -36,6 +38,7 @@ impl Group {
     /// All groups, in the order in which they are explained.
     pub const ALL: &'static [Group] = &[
         Group::Http,
+        Group::Limits,
         Group::Storage,
         Group::Secrets,
         Group::Logging,
@@ -48,6 +51,7 @@ impl Group {
     pub fn title(self) -> &'static str {
         match self {
             Group::Http => "Listening",
+            Group::Limits => "Limits",
             Group::Storage => "Storage",
             Group::Secrets => "Secrets",
             Group::Logging => "Logging",

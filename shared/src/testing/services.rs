@@ -362,9 +362,9 @@ impl Drop for Process {
 /// it, and threads of tests end early, so one that stays starts them all.
 #[allow(unsafe_code, reason = "nothing but `pre_exec` can ask the kernel for that before the program begins")]
 fn spawn(command: Command) -> io::Result<Child> {
-    type Order = (Command, mpsc::Sender<io::Result<Child>>);
-    static STARTER: LazyLock<Mutex<mpsc::Sender<Order>>> = LazyLock::new(|| {
-        let (sender, orders) = mpsc::channel::<Order>();
+    type Order = (Command, mpsc::SyncSender<io::Result<Child>>);
+    static STARTER: LazyLock<Mutex<mpsc::SyncSender<Order>>> = LazyLock::new(|| {
+        let (sender, orders) = mpsc::sync_channel::<Order>(64);
         let run = move || {
             for (mut command, answer) in orders {
                 // SAFETY: the closure runs between fork and exec, and makes one system call, which is
@@ -381,7 +381,7 @@ fn spawn(command: Command) -> io::Result<Child> {
         thread::Builder::new().name("test-servers".to_owned()).spawn(run).expect("a thread can be started");
         Mutex::new(sender)
     });
-    let (answer, outcome) = mpsc::channel();
+    let (answer, outcome) = mpsc::sync_channel(1);
     STARTER.lock().expect("nobody panics here").send((command, answer)).expect("the thread stays");
     outcome.recv().expect("the thread answers")
 }

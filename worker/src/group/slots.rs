@@ -10,7 +10,7 @@ use deadpool::managed::{
 };
 use mcp_shared::{
     error::{ErrorCode, WorkerError},
-    limits,
+    metrics::{self, Limit},
 };
 use tokio::time::{Instant, timeout};
 
@@ -68,7 +68,8 @@ impl Group {
             // Only who finds no free slot is put on the list of those who wait.
             let mut got = self.pool.timeout_get(&waiting(Duration::ZERO)).await;
             if let Err(PoolError::Timeout(_)) = got {
-                let Some(turn) = self.queue.turn(limits::CALL_QUEUE) else {
+                let Some(turn) = self.queue.turn(self.host.limits.server_queue) else {
+                    metrics::count_refusal(Limit::ServerQueue);
                     let text = format!("Server {} has too many calls waiting", self.server);
                     return Err(not_started(
                         WorkerError::new(ErrorCode::Overloaded, text).retry_after(Duration::from_secs(1)),

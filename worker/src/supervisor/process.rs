@@ -20,6 +20,7 @@ use nix::{
     errno::Errno,
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::{
+        resource::{Resource, getrlimit, setrlimit},
         signal::{SigSet, Signal, kill, killpg},
         socket::{ControlMessageOwned, MsgFlags, recvmsg},
         wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid},
@@ -40,6 +41,7 @@ const GIVE_UP: Duration = Duration::from_secs(10);
 /// Runs the supervisor until the worker is gone and nothing that it started is left. The socket to the
 /// worker is the standard input.
 pub fn run() -> ExitCode {
+    limit_open_files();
     match Supervised::new().and_then(|mut supervised| supervised.serve()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -47,6 +49,14 @@ pub fn run() -> ExitCode {
             let _ = writeln!(io::stderr(), "mcp-api supervisor: {error}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// The worker may have more open files than programs of others can live with.
+fn limit_open_files() {
+    let before = std::env::args().nth(2).and_then(|count| count.parse().ok());
+    if let (Some(before), Ok((_, hard))) = (before, getrlimit(Resource::RLIMIT_NOFILE)) {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, before, hard);
     }
 }
 

@@ -58,11 +58,9 @@ impl Cluster {
     pub async fn worker(&self, boot: Boot) -> Node {
         let link = Faulty::new(Arc::clone(&self.store) as Arc<dyn Store>);
         let vault = self.vault_on(Arc::clone(&link) as Arc<dyn Store>).await;
-        let packages = PackageSettings::default();
-        let worker =
-            Worker::open(vault, std::env::current_exe().unwrap(), boot, &packages, &Default::default())
-                .await
-                .unwrap();
+        let (packages, remote, limits) = (PackageSettings::default(), Default::default(), Default::default());
+        let program = std::env::current_exe().unwrap();
+        let worker = Worker::open(vault, program, boot, &packages, &remote, &limits).await.unwrap();
         Node { worker, link }
     }
 

@@ -1,7 +1,7 @@
 //! What needs a hand on the store's thread: batches, full queues, callers who leave, a full disk.
 
 use std::{
-    sync::mpsc::{Sender, channel},
+    sync::mpsc::{SyncSender, sync_channel},
     task::{Context, Waker},
 };
 
@@ -26,9 +26,9 @@ fn queue<F: Future>(call: F) -> std::pin::Pin<Box<F>> {
 }
 
 /// Occupies the thread until the sender is dropped, so that what is queued meanwhile is one batch.
-async fn occupy(store: &Arc<EmbeddedStore>) -> Sender<()> {
+async fn occupy(store: &Arc<EmbeddedStore>) -> SyncSender<()> {
     let (begun, wait) = oneshot::channel();
-    let (gate, blocked) = channel::<()>();
+    let (gate, blocked) = sync_channel::<()>(1);
     let store = Arc::clone(store);
     tokio::spawn(async move {
         store

@@ -7,7 +7,7 @@ use std::{
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
-        mpsc::{self, Receiver, Sender},
+        mpsc::{self, Receiver, SyncSender},
     },
     thread,
     time::Duration,
@@ -16,6 +16,9 @@ use std::{
 use serde_json::{Value, value::RawValue};
 
 use crate::testing::fixture;
+
+/// Lines that may wait for the fixture to read them.
+const LINES: usize = 16_384;
 
 /// Events of one stream that wait to be read or to be read again.
 #[derive(Default)]
@@ -98,7 +101,7 @@ pub(super) struct Session {
     pub(super) main: Arc<Stream>,
     /// Answers go to the one stream, too.
     one_stream: bool,
-    feed: Mutex<Option<Sender<Vec<u8>>>>,
+    feed: Mutex<Option<SyncSender<Vec<u8>>>>,
     routes: Mutex<Routes>,
     /// Somebody reads what belongs to no request.
     pub(super) listened: AtomicBool,
@@ -108,7 +111,7 @@ pub(super) struct Session {
 impl Session {
     /// Starts one.
     pub(super) fn start(id: String, user: Option<String>, flags: &[String], one_stream: bool) -> Arc<Self> {
-        let (feed, lines) = mpsc::channel();
+        let (feed, lines) = mpsc::sync_channel(LINES);
         let session = Arc::new(Self {
             id,
             user,

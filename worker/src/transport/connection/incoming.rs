@@ -8,7 +8,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use mcp_shared::{json::RawJson, limits, worker_api::CallEvent};
+use mcp_shared::{json::RawJson, limits, metrics, worker_api::CallEvent};
+use tokio::sync::mpsc::error::TrySendError;
 
 use super::{Connection, Failure, Frame, Shared};
 use crate::{
@@ -161,7 +162,9 @@ fn report_progress(shared: &Shared, params: RawJson) {
     {
         // A copy: a slow reader would keep the whole of what was read with it.
         let copy = RawJson::from_parsed(bytes::Bytes::copy_from_slice(params.as_bytes()));
-        let _ = sender.try_send(CallEvent::Progress(copy));
+        if let Err(TrySendError::Full(_)) = sender.try_send(CallEvent::Progress(copy)) {
+            metrics::count_dropped_progress();
+        }
     }
 }
 

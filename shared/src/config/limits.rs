@@ -1,0 +1,108 @@
+//! Limits on what is taken in at once.
+
+use super::{ConfigError, Reader, parse};
+
+/// What a node takes in at once. Whatever comes beyond is refused without waiting.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LimitSettings {
+    /// Calls in flight at one gateway.
+    pub calls: usize,
+    /// Bytes of request bodies in flight at one gateway.
+    pub body_bytes: usize,
+    /// For each user.
+    pub user: UserLimits,
+    /// Calls that one worker looks after at once, waiting ones among them.
+    pub worker_calls: usize,
+    /// Calls that may wait for a free slot of one server on one worker.
+    pub server_queue: usize,
+}
+
+/// What each user may ask; `None`: as much as there is room for. The default has no limit.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct UserLimits {
+    /// Calls in flight.
+    pub calls: Option<usize>,
+    /// Calls in a second, above 0.
+    pub rate: Option<f64>,
+}
+
+impl Default for LimitSettings {
+    fn default() -> Self {
+        Self {
+            calls: 16_384,
+            body_bytes: 256 * 1024 * 1024,
+            user: UserLimits::default(),
+            worker_calls: 16_384,
+            server_queue: 1_024,
+        }
+    }
+}
+
+/// The most that a number of calls can be set to.
+pub const MOST_CALLS: usize = 1_000_000;
+
+fn count(text: &str) -> Result<usize, parse::Valid> {
+    let number = parse::whole(text).and_then(|number| usize::try_from(number).ok());
+    number.filter(|number| (1..=MOST_CALLS).contains(number)).ok_or("a whole number from 1 to 1000000")
+}
+
+/// What `none` stands for is no limit.
+fn unless_none<T>(text: &str, read: impl Fn(&str) -> Option<T>) -> Option<Option<T>> {
+    if text.eq_ignore_ascii_case("none") { Some(None) } else { read(text).map(Some) }
+}
+
+fn count_or_none(text: &str) -> Result<Option<usize>, parse::Valid> {
+    unless_none(text, |text| count(text).ok()).ok_or("a whole number from 1 to 1000000, or none")
+}
+
+fn rate_or_none(text: &str) -> Result<Option<f64>, parse::Valid> {
+    let read = |text: &str| {
+        let plain = text.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.');
+        let number = plain.then(|| text.parse::<f64>().ok()).flatten();
+        number.filter(|number| (0.001..=1_000_000.0).contains(number))
+    };
+    unless_none(text, read).ok_or("a number from 0.001 to 1000000, such as 50 or 0.5, or none")
+}
+
+impl Reader {
+    pub(super) fn limits(&mut self, payload_limit: Option<usize>) -> Option<LimitSettings> {
+        let calls = self.required("MAX_CALLS", count);
+        let body_bytes = self.required("MAX_BODY_BYTES", parse::room);
+        let user_calls = self.required("USER_MAX_CALLS", count_or_none);
+        let rate = self.required("USER_MAX_RATE", rate_or_none);
+        let worker_calls = self.required("WORKER_MAX_CALLS", count);
+        let server_queue = self.required("SERVER_QUEUE", count);
+        if let (Some(room), Some(one)) = (body_bytes, payload_limit)
+            && room < one
+        {
+            let text = "it is less than PAYLOAD_LIMIT, so that the largest body that is allowed would never be taken";
+            self.problems.push(ConfigError::new("MAX_BODY_BYTES", text));
+        }
+        Some(LimitSettings {
+            calls: calls?,
+            body_bytes: body_bytes?,
+            user: UserLimits { calls: user_calls?, rate: rate? },
+            worker_calls: worker_calls?,
+            server_queue: server_queue?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rates() {
+        for (text, rate) in
+            [("50", Some(Some(50.0))), ("0.5", Some(Some(0.5))), ("none", Some(None)), ("None", Some(None))]
+        {
+            assert_eq!(rate_or_none(text).ok(), rate, "{text}");
+        }
+        for bad in ["0", "-1", "1e3", "inf", "nan", "", "0.0001", "1.2.3", "unlimited", "2000000"] {
+            assert!(rate_or_none(bad).is_err(), "{bad}");
+        }
+        assert_eq!(count_or_none("64").ok(), Some(Some(64)));
+        assert!(count_or_none("0").is_err() && count("none").is_err() && count("+5").is_err());
+    }
+}
