@@ -12,6 +12,7 @@ mod edge;
 mod install_on_start;
 mod latest;
 mod login;
+mod pace;
 mod problem;
 mod router;
 mod routes;

@@ -25,6 +25,8 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tower::{ServiceExt, service_fn};
 
+use crate::pace::{Paced, Serving};
+
 /// How long to wait before accepting again when the system has no more descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -68,7 +70,8 @@ pub async fn serve(
     let room = Arc::new(Semaphore::new(limits::CONNECTIONS));
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new())
-        .header_read_timeout(limits::HEADER_TIMEOUT)
+        // Between requests. Heads that have begun have less time: see `pace.rs`.
+        .header_read_timeout(limits::IDLE_TIMEOUT)
         // Twice what is allowed: what is only a little too large gets a proper answer from the edge.
         .max_headers(2 * limits::HEADER_COUNT)
         .max_buf_size(2 * (limits::HEAD_BYTES + limits::URI_BYTES));
@@ -98,15 +101,17 @@ pub async fn serve(
         let Ok(permit) = Arc::clone(&room).try_acquire_owned() else { continue };
         tune(&stream);
         newest = Some(Instant::now());
-        let (api, leaving) = (api.clone(), leaving.clone());
+        let (api, leaving, serving) = (api.clone(), leaving.clone(), Serving::default());
+        let stream = Paced::new(stream, serving.clone());
         let service = TowerToHyperService::new(service_fn(move |request| {
-            let (api, leaving) = (api.now(), leaving.clone());
+            serving.begin();
+            let (api, leaving, serving) = (api.now(), leaving.clone(), serving.clone());
             async move {
                 let mut answer: axum::response::Response = api.oneshot(request).await?;
                 if leaving.is_cancelled() {
                     answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
                 }
-                Ok::<_, Infallible>(answer)
+                Ok::<_, Infallible>(answer.map(|body| serving.until_sent(body)))
             }
         }));
         let connection = graceful.watch(http.serve_connection(TokioIo::new(stream), service));

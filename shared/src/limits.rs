@@ -188,7 +188,9 @@ table! {
     KEEPALIVE: Duration = Duration::from_secs(15);
     /// How often in vain until it is given up.
     KEEPALIVE_PROBES: u32 = 3;
-    /// How long a client may take to send the head of a request.
+    /// How long a connection is kept without a request.
+    IDLE_TIMEOUT: Duration = Duration::from_secs(75);
+    /// How long a client may take to send the head of a request, from its first byte, or from the connection.
     HEADER_TIMEOUT: Duration = Duration::from_secs(10);
     /// How long a client may take to send the body of a request.
     BODY_TIMEOUT: Duration = Duration::from_secs(30);

@@ -13,6 +13,7 @@ mod gateways;
 mod history;
 mod monkey;
 mod owners;
+mod rolling;
 mod scaling;
 mod stage;
 mod workers;

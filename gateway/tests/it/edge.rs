@@ -719,3 +719,43 @@ async fn fields_of_servers_are_checked() {
     api.put("/mcp/servers/target", Some(&edges)).await.ok();
     unharmed(&api).await;
 }
+
+/// Pools and balancers keep connections for later. Who has begun to ask has to go on.
+#[tokio::test]
+async fn a_connection_may_rest_between_requests_and_not_within_one() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let api = Deployment::start().await;
+    let connect = async || tokio::net::TcpStream::connect(api.address()).await.unwrap();
+    let request = format!("GET /healthz HTTP/1.1\r\nHost: {}\r\n\r\n", api.address());
+    let resting = async {
+        let mut stream = connect().await;
+        for pause in [Duration::ZERO, Duration::from_secs(12)] {
+            tokio::time::sleep(pause).await;
+            stream.write_all(request.as_bytes()).await.unwrap();
+            let mut answer = vec![0; 4_096];
+            let read = stream.read(&mut answer).await.unwrap();
+            assert!(answer[..read].starts_with(b"HTTP/1.1 200 OK"), "{}", String::from_utf8_lossy(&answer));
+        }
+    };
+    let dripping = async {
+        let mut stream = connect().await;
+        // The first request of the connection is in time, the second is not.
+        stream.write_all(request.as_bytes()).await.unwrap();
+        assert!(stream.read(&mut vec![0; 4_096]).await.unwrap() > 0);
+        let begun = Instant::now();
+        for byte in request.bytes().cycle() {
+            let closed = tokio::time::timeout(Duration::from_millis(500), stream.read(&mut [0])).await;
+            if matches!(closed, Ok(Ok(0) | Err(_))) || stream.write_all(&[byte.max(b'a')]).await.is_err() {
+                break;
+            }
+            assert!(begun.elapsed() < Duration::from_secs(30), "a head may drip in for ever");
+        }
+        assert!(begun.elapsed() > Duration::from_secs(8), "it was closed before its time");
+    };
+    let silent = async {
+        let mut stream = connect().await;
+        let closed = tokio::time::timeout(Duration::from_secs(30), stream.read(&mut [0])).await;
+        assert_eq!(closed.unwrap().unwrap(), 0, "who connects has to ask for something");
+    };
+    tokio::join!(resting, dripping, silent);
+}

@@ -245,6 +245,12 @@ impl Stage {
         self.send(self.client.get(format!("{}{path}", self.gateways[gateway].base()))).await.unwrap()
     }
 
+    /// Whether a gateway is there and says that it is ready.
+    pub async fn is_ready(&self, gateway: usize) -> bool {
+        let ready = self.client.get(format!("{}/readyz", self.gateways[gateway].base()));
+        self.send(ready.timeout(Duration::from_secs(2))).await.is_ok_and(|answer| answer.status == 200)
+    }
+
     /// `POST path` to one of the gateways.
     pub async fn post(&self, gateway: usize, path: &str, body: &Value) -> Answer {
         self.send(self.request(gateway, path).json(body)).await.unwrap()
