@@ -209,6 +209,8 @@ impl Leases {
     /// Renews the worker's own lease for as long as that works.
     async fn renew(self: &Arc<Self>) -> Loss {
         let (mut begun, mut cut_off) = (Instant::now(), false);
+        // When the store last said that the lease is still this worker's.
+        let mut certain = begun;
         for turn in 1_u32.. {
             // A worker that is back is to be known for alive soon.
             sleep_until(begun + if cut_off { limits::LEASE_WATCH } else { limits::LEASE_RENEWAL }).await;
@@ -217,7 +219,7 @@ impl Leases {
             let (lease, renewed) = {
                 let own = lock(&self.own);
                 let Some(lease) = own.lease.clone() else { break };
-                (lease, own.renewed)
+                (lease, own.renewed.max(certain))
             };
             // The last attempt ends when it is time to end the processes. A worker that was frozen for
             // longer still has one, since nobody need have noticed.
@@ -227,7 +229,7 @@ impl Leases {
                 if cut_off { self.still(&lease).await } else { self.store.renew_lease(&lease).await }
             };
             match timeout(limit, renewal).await {
-                Ok(Ok(_)) if cut_off => {}
+                Ok(Ok(_)) if cut_off => certain = begun,
                 Ok(Ok(lease)) => {
                     *lock(&self.own) = Own { lease: Some(lease), renewed: begun };
                     self.sweep(turn);
@@ -237,7 +239,7 @@ impl Leases {
                 Ok(Err(error)) => tracing::warn!(error.cause = %error, "this worker's lease was not renewed"),
                 Err(_) => tracing::warn!("this worker's lease was not renewed in time"),
             }
-            if renewed.elapsed() >= limits::LEASE_RETIREMENT {
+            if renewed.max(certain).elapsed() >= limits::LEASE_RETIREMENT {
                 break;
             }
         }

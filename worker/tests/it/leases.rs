@@ -285,6 +285,49 @@ async fn a_short_outage_costs_no_process() {
     node.stop().await;
 }
 
+/// A worker that the fleet reaches for as long as the flag says so.
+async fn reached(cluster: &Cluster) -> (Node, Arc<AtomicBool>) {
+    let (node, flag) = (cluster.worker(Boot::OnDemand).await, Arc::new(AtomicBool::new(true)));
+    let reached = Arc::clone(&flag);
+    node.worker.own_only_while(move || reached.load(Ordering::Relaxed));
+    (node, flag)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_is_not_reached_owns_nothing_although_the_store_answers() {
+    let cluster = Cluster::new();
+    let single = cluster.register("single", singleton()).await;
+    let (one, flag) = reached(&cluster).await;
+    let other = cluster.worker(Boot::OnDemand).await;
+    echo(&one, &single, "ann", Placing::Take).await.unwrap();
+    // For a moment: nobody has taken over, and the process goes on.
+    flag.store(false, Ordering::Relaxed);
+    until("it is not sure any more", async || one.load(&single).is_none()).await;
+    assert!(echo(&one, &single, "ann", Placing::Take).await.is_err());
+    flag.store(true, Ordering::Relaxed);
+    until("it is sure again", async || one.load(&single).is_some()).await;
+    echo(&one, &single, "ann", Placing::Owned).await.unwrap();
+    assert_eq!(cluster.lines("single.starts").len(), 1);
+    // For long: another one takes over, and this one ends what it ran.
+    flag.store(false, Ordering::Relaxed);
+    until("another one has taken over", async || {
+        echo(&other, &single, "ann", Placing::TakeOver).await.is_ok()
+    })
+    .await;
+    until("the old process is gone", async || one.worker.report(&single).await.unwrap().instances.is_empty())
+        .await;
+    flag.store(true, Ordering::Relaxed);
+    until("it knows whose it is", async || {
+        let refused = one.offer(&single, "ann", "echo", Placing::Take).await.err();
+        matches!(refused, Some(Refusal::NotOwner { owner: Some(owner) }) if owner == *other.worker.id())
+    })
+    .await;
+    other.stop().await;
+    until("it owns again", async || echo(&one, &single, "ann", Placing::Take).await.is_ok()).await;
+    assert_eq!(cluster.lines("single.starts").len(), 3);
+    one.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_stops_is_free_at_once() {
     let cluster = Cluster::new();

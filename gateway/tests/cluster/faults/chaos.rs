@@ -18,6 +18,7 @@ use super::{
     chance::Rng,
     history::{self, Call, Told, told},
     monkey::Monkey,
+    setting,
     stage::Stage,
 };
 
@@ -53,10 +54,6 @@ const SERVERS: [(&str, bool, bool); 5] = [
 enum Until {
     Calls(usize),
     Elapsed(Duration),
-}
-
-fn setting(name: &str) -> Option<u64> {
-    std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name} is a number")))
 }
 
 /// What all callers share.
@@ -151,7 +148,7 @@ impl Theatre {
     fn is_over(&self, until: Until) -> bool {
         self.over.is_cancelled()
             || match until {
-                Until::Calls(calls) => self.made.load(Ordering::Relaxed) >= calls,
+                Until::Calls(calls) => self.calls.lock().unwrap().len() >= calls,
                 Until::Elapsed(time) => self.begun.elapsed() >= time,
             }
     }

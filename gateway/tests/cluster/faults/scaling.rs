@@ -10,13 +10,10 @@ use std::{
 
 use serde_json::json;
 
-use super::{super::deployment::eventually, stage::Stage};
+use super::{super::deployment::eventually, setting, stage::Stage};
 
-/// Calls that one owner runs at once, and how long each of them takes: 40 a second.
+/// Calls that one owner runs at once.
 const SLOTS: usize = 4;
-const TAKES: u64 = 100;
-/// Enough to keep four owners busy and to have calls wait.
-const CALLERS: usize = 200;
 /// For how long calls are counted, and how often at most: a machine that does something else as well takes its
 /// time from some of the counts, and adds to none.
 const MEASURE: Duration = Duration::from_secs(3);
@@ -27,16 +24,25 @@ const WITHIN: f64 = 0.15;
 /// Callers that call one after the other, and how many calls they had answered.
 struct Load {
     stage: Arc<Stage>,
+    /// How long a call takes, in milliseconds. A tenth of a second is what is promised; beside the other tests
+    /// of CI, the machine needs more time for each call.
+    takes: u32,
     stop: AtomicBool,
     answered: AtomicUsize,
 }
 
 impl Load {
+    /// How many calls a second so many owners can answer.
+    fn possible(&self, owners: usize) -> f64 {
+        count(owners * SLOTS) * 1_000.0 / f64::from(self.takes)
+    }
+
     async fn caller(self: Arc<Self>, number: usize) {
         while !self.stop.load(Ordering::Relaxed) {
             let gateway = number % self.stage.gateways.len();
-            let answer = self.stage.call(gateway, "default", "slow", "sleep", json!({"ms": TAKES})).await;
-            assert_eq!(answer.tool_text(), format!("slept {TAKES}"), "no call fails");
+            let answer =
+                self.stage.call(gateway, "default", "slow", "sleep", json!({"ms": self.takes})).await;
+            assert_eq!(answer.tool_text(), format!("slept {}", self.takes), "no call fails");
             self.answered.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -58,11 +64,8 @@ impl Load {
             }
         }
         println!("{owners} workers: {most:.1} calls a second");
-        let possible = count(owners * SLOTS) * 1_000.0 / count(usize::try_from(TAKES).unwrap());
-        assert!(
-            most < possible * (1.0 + WITHIN),
-            "{most:.1} calls a second are more than {owners} workers can do"
-        );
+        let possible = self.possible(owners);
+        assert!(most < possible * (1.0 + WITHIN), "{most:.1} calls a second, where {possible} are possible");
         most
     }
 
@@ -84,11 +87,14 @@ async fn a_hot_server_becomes_faster_with_each_worker() {
     stage.add("slow", json!({"concurrency": SLOTS})).await;
     let load = Arc::new(Load {
         stage: Arc::clone(&stage),
+        takes: if setting("FAULTS_LONG").is_some() { 100 } else { 250 },
         stop: AtomicBool::new(false),
         answered: AtomicUsize::new(0),
     });
-    let callers: Vec<_> = (0..CALLERS).map(|number| tokio::spawn(Arc::clone(&load).caller(number))).collect();
-    let one = load.rate(1, f64::INFINITY).await;
+    // So many that calls still wait for more than a second when three of four workers run the server.
+    let callers = 3 * SLOTS * 1_500 / usize::try_from(load.takes).unwrap();
+    let callers: Vec<_> = (0..callers).map(|number| tokio::spawn(Arc::clone(&load).caller(number))).collect();
+    let one = load.rate(1, load.possible(1) * 0.97).await;
     let linear = |workers| one * count(workers) * (1.0 - WITHIN);
     let mut rates = Vec::new();
     for workers in [2, 4] {
