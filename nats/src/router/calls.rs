@@ -34,6 +34,12 @@ const LAST_MOMENT: Now = Now::from_millis(900);
 /// How long it is left alone after that was refused.
 const NO_EXPANSION: Now = Now::from_secs(30);
 
+/// Whether a call that ended so was not started, and another worker may take it.
+fn may_go_elsewhere(error: &WorkerError) -> bool {
+    error.outcome == Some(Outcome::NotStarted)
+        && matches!(error.code, ErrorCode::NoWorker | ErrorCode::Overloaded | ErrorCode::ShuttingDown)
+}
+
 /// One call of this router.
 pub(super) struct Call {
     first: CallId,
@@ -290,6 +296,11 @@ impl Inner {
                         Some(turn) => turn,
                         None => Turn { withdraw: None, step: Step::Stay },
                     }
+                }
+                // It lost its place between GO and the server, because its worker stops for example.
+                ToRouter::Failed(error) if going && may_go_elsewhere(&error) => {
+                    self.arrived(state, attempt);
+                    state.caller.said(now, attempt, Said::Refuse(Refusal::Busy { error }))
                 }
                 ToRouter::Failed(error) if going => {
                     self.arrived(state, attempt);
