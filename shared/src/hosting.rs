@@ -95,6 +95,7 @@ pub struct Reservation {
     arguments: oneshot::Sender<RawJson>,
     stream: CallStream,
     limit: Duration,
+    alone: bool,
 }
 
 impl Reservation {
@@ -105,7 +106,14 @@ impl Reservation {
         stream: CallStream,
         limit: Duration,
     ) -> Self {
-        Self { held, arguments, stream, limit }
+        Self { held, arguments, stream, limit, alone: false }
+    }
+
+    /// States whether nobody but this worker may take the call. Then there is no point in asking others, above all
+    /// not when a crowd would do it.
+    pub fn alone(mut self, alone: bool) -> Self {
+        self.alone = alone;
+        self
     }
 
     /// The call's whole time: what its caller asked for and what the server's record allows.
@@ -123,6 +131,7 @@ impl Reservation {
         let error = ended.or_outcome(Outcome::NotStarted);
         // What this worker lost between admission and slot, or never had, another may have.
         Err(match error.code {
+            ErrorCode::Overloaded if self.alone => Refusal::Error { error },
             ErrorCode::NoWorker | ErrorCode::Overloaded | ErrorCode::ShuttingDown => Refusal::Busy { error },
             _ => Refusal::Error { error },
         })

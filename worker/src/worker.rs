@@ -33,7 +33,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{
     call::{Call, Go},
     group::{NoSlot, current},
-    host::{Boot, Host},
+    host::{Boot, Host, runs_once},
     idempotency,
     leases::Leases,
     packages,
@@ -243,7 +243,8 @@ impl Worker {
             end.send(CallEvent::Done(call.run(Go { held: Some(held_sender), arguments }).await));
             drop(room);
         });
-        Ok(Reservation::new(held, arguments_sender, CallStream::new(receiver, guard), limit))
+        let stream = CallStream::new(receiver, guard);
+        Ok(Reservation::new(held, arguments_sender, stream, limit).alone(runs_once(&record)))
     }
 
     /// Tells a remote server that its sessions are over.
