@@ -27,16 +27,21 @@ impl Client {
 
     /// Sends a document and reads the answer, whatever it is.
     pub async fn post(&mut self, path: &str, body: Bytes) -> Result<Bytes> {
+        Ok(self.send(Method::POST, path, body).await?.0)
+    }
+
+    /// Sends a document. What comes with the answer says after how many seconds to come back, where it was refused for now.
+    pub async fn try_post(&mut self, path: &str, body: Bytes) -> Result<(Bytes, Option<u64>)> {
         self.send(Method::POST, path, body).await
     }
 
     /// Reads a document.
     pub async fn get(&mut self, path: &str) -> Result<Value> {
-        let answer = self.send(Method::GET, path, Bytes::new()).await?;
+        let (answer, _) = self.send(Method::GET, path, Bytes::new()).await?;
         Ok(serde_json::from_slice(&answer)?)
     }
 
-    async fn send(&mut self, method: Method, path: &str, body: Bytes) -> Result<Bytes> {
+    async fn send(&mut self, method: Method, path: &str, body: Bytes) -> Result<(Bytes, Option<u64>)> {
         let request = Request::builder()
             .method(method)
             .uri(path)
@@ -45,6 +50,7 @@ impl Client {
             .body(Full::new(body))?;
         self.sender.ready().await?;
         let response = self.sender.send_request(request).await?;
-        Ok(response.into_body().collect().await?.to_bytes())
+        let wait = response.headers().get("retry-after").and_then(|value| value.to_str().ok()?.parse().ok());
+        Ok((response.into_body().collect().await?.to_bytes(), wait))
     }
 }

@@ -8,7 +8,7 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use serde_json::json;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::{
     io::{AsyncBufReadExt, BufReader},
@@ -114,18 +114,33 @@ impl Deployment {
     }
 
     async fn register(mut self) -> Result<Self> {
+        self.add("echo", json!({})).await?;
+        let gateway = self.gateways.first().context("no gateway")?;
+        let server = Client::connect(&gateway.address).await?.get("/mcp/servers/echo").await?;
+        let instances = server["server"]["instances"].as_array().context("no instances")?;
+        self.servers = instances.iter().filter_map(|one| u32::try_from(one["pid"].as_u64()?).ok()).collect();
+        Ok(self)
+    }
+
+    /// Registers the echo server under a name, with further fields of its record.
+    pub async fn add(&self, name: &str, more: Value) -> Result<()> {
         let gateway = self.gateways.first().context("no gateway")?;
         let mut client = Client::connect(&gateway.address).await?;
-        let record = json!({"name": "echo", "command": std::env::current_exe()?, "args": ["echo-server"]});
+        let mut record = json!({"name": name, "command": std::env::current_exe()?, "args": ["echo-server"]});
+        if let (Some(record), Value::Object(more)) = (record.as_object_mut(), more) {
+            record.extend(more);
+        }
         let answer = client.post("/mcp/servers", record.to_string().into());
         let answer =
             timeout(PATIENCE, answer).await.context("the echo server was not registered in time")??;
         let answer = String::from_utf8_lossy(&answer);
         ensure!(answer.contains("\"connected\""), "the echo server did not connect: {answer}");
-        let server = client.get("/mcp/servers/echo").await?;
-        let instances = server["server"]["instances"].as_array().context("no instances")?;
-        self.servers = instances.iter().filter_map(|one| u32::try_from(one["pid"].as_u64()?).ok()).collect();
-        Ok(self)
+        Ok(())
+    }
+
+    /// Where the gateways listen.
+    pub fn addresses(&self) -> Vec<String> {
+        self.gateways.iter().map(|program| program.address.clone()).collect()
     }
 
     /// The processes of gateways.

@@ -10,6 +10,7 @@ mod cost;
 mod deployment;
 mod direct;
 mod measure;
+mod overload;
 mod table;
 
 use std::{future::Future, process::ExitCode};
@@ -31,6 +32,8 @@ enum Command {
     /// Calls a small echo server in turns: directly over stdio, through a single node, and through a
     /// cluster; and sends as much through a bare NATS.
     Calls(calls::Options),
+    /// Measures one server while a crowd calls another one that has a single slot.
+    Overload(overload::Options),
     /// Is the echo server (used by `calls`).
     #[command(hide = true)]
     EchoServer {
@@ -49,6 +52,8 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    // Each caller is an open file.
+    mcp_shared::lifecycle::raise_open_files();
     let result = match Arguments::parse().command {
         Command::EchoServer { flags } => {
             let status = mcp_shared::testing::fixture::run(&flags);
@@ -56,6 +61,7 @@ fn main() -> ExitCode {
         }
         Command::NatsResponder { url, subject } => run(bus::respond(&url, subject)),
         Command::Calls(options) => run(calls::run(&options)),
+        Command::Overload(options) => run(overload::run(&options)),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

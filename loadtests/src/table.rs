@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, path::Path as Folder};
 use anyhow::{Context, Result};
 use tokio::process::Command;
 
-use crate::{calls::Path, measure::Summary};
+use crate::{calls::Path, measure::Summary, overload::Row};
 
 /// What one call cost, by the names of the counters.
 pub type Costs = BTreeMap<&'static str, f64>;
@@ -81,6 +81,37 @@ pub fn speed(callers: u16, rows: &[(Path, Summary)]) {
             more / trip.p50_ms,
             more - trips.p50_ms,
             trips.p50_ms - trip.p50_ms,
+        );
+    }
+}
+
+/// One server while another one is overloaded.
+pub fn overload(rows: &[Row]) {
+    println!("\nthe other server, idle and while the crowd is there; calls of the crowd");
+    println!(
+        "{:<14} {:>9} {:>8} {:>8}  {:>9} {:>8} {:>8} {:>9}  {:>8} {:>8}",
+        "path",
+        "calls/s",
+        "p50 ms",
+        "p99 ms",
+        "calls/s",
+        "p50 ms",
+        "p99 ms",
+        "p99 ratio",
+        "served",
+        "refused"
+    );
+    for Row { path, idle, crowded, served, refused } in rows {
+        println!(
+            "{:<14} {:>9.0} {:>8.3} {:>8.3}  {:>9.0} {:>8.3} {:>8.3} {:>9.2}  {served:>8} {refused:>8}",
+            path.name(),
+            idle.per_second,
+            idle.p50_ms,
+            idle.p99_ms,
+            crowded.per_second,
+            crowded.p50_ms,
+            crowded.p99_ms,
+            crowded.p99_ms / idle.p99_ms,
         );
     }
 }

@@ -96,24 +96,36 @@ pub struct Reservation {
     stream: CallStream,
     limit: Duration,
     repeatable: bool,
+    alone: bool,
 }
 
 impl Reservation {
-    /// Joins the ends that the worker's call task has the other sides of. `limit` is the call's whole time;
-    /// `repeatable` says whether it may be made again when nobody knows what became of it.
+    /// Joins the ends that the worker's call task has the other sides of. `limit` is the call's whole time.
     pub fn new(
         held: oneshot::Receiver<Result<(), Refusal>>,
         arguments: oneshot::Sender<RawJson>,
         stream: CallStream,
         limit: Duration,
-        repeatable: bool,
     ) -> Self {
-        Self { held, arguments, stream, limit, repeatable }
+        Self { held, arguments, stream, limit, repeatable: false, alone: false }
     }
 
-    /// Whether the call may be made again, elsewhere, when nobody knows what became of it.
+    /// States whether the call may be made again, elsewhere, when nobody knows what became of it.
+    pub fn repeatable(mut self, repeatable: bool) -> Self {
+        self.repeatable = repeatable;
+        self
+    }
+
+    /// Whether it may.
     pub fn is_repeatable(&self) -> bool {
         self.repeatable
+    }
+
+    /// States whether nobody but this worker may take the call. Then there is no point in asking others, above all
+    /// not when a crowd would do it.
+    pub fn alone(mut self, alone: bool) -> Self {
+        self.alone = alone;
+        self
     }
 
     /// The call's whole time: what its caller asked for and what the server's record allows.
@@ -131,6 +143,7 @@ impl Reservation {
         let error = ended.or_outcome(Outcome::NotStarted);
         // What this worker lost between admission and slot, or never had, another may have.
         Err(match error.code {
+            ErrorCode::Overloaded if self.alone => Refusal::Error { error },
             ErrorCode::NoWorker | ErrorCode::Overloaded | ErrorCode::ShuttingDown => Refusal::Busy { error },
             _ => Refusal::Error { error },
         })

@@ -208,6 +208,10 @@ table! {
     DISCARDED_BYTES: usize = 64 * 1024 * 1024;
     /// Bytes of a server's command, arguments and environment together.
     COMMAND_BYTES: usize = 1024 * 1024;
+    /// The least that `Retry-After` says where calls wait for a server.
+    RETRY_LEAST: Duration = Duration::from_secs(1);
+    /// The most that it says there. It is how long the call has waited that waits longest.
+    RETRY_MOST: Duration = Duration::from_secs(30);
     /// Users whose rates are remembered, where `USER_MAX_RATE` sets one.
     USERS: usize = 65_536;
     /// Connections that one gateway serves at once. More than the default of `MAX_CALLS`, so that whoever comes too

@@ -130,10 +130,8 @@ impl Host {
 
     /// What is to be asked before a group of processes runs; `None`: nothing.
     pub fn hold(&self, record: &ServerRecord, user: Option<&UserId>) -> Option<Hold> {
-        // Any number of workers may be connected to a remote server for one user.
-        let own_process = record.isolation == Isolation::PerUser && !record.is_remote();
-        let once = own_process || record.scaling == Scaling::Singleton;
-        self.leases.as_ref().filter(|_| once).map(|leases| leases.hold(&record.name, user))
+        let leases = self.leases.as_ref().filter(|_| runs_once(record));
+        leases.map(|leases| leases.hold(&record.name, user))
     }
 
     /// To be called when ownership, status or draining may have changed.
@@ -166,6 +164,13 @@ impl Host {
         }
         Ok(env)
     }
+}
+
+/// Whether what serves a call of one user may run at one worker only.
+pub fn runs_once(record: &ServerRecord) -> bool {
+    // Any number of workers may be connected to a remote server for one user.
+    let own_process = record.isolation == Isolation::PerUser && !record.is_remote();
+    own_process || record.scaling == Scaling::Singleton
 }
 
 /// Tells secrets of a process's environment from others, as they are stored: a value that is set again is

@@ -33,7 +33,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{
     call::{Call, Go},
     group::{NoSlot, current},
-    host::{Boot, Host},
+    host::{Boot, Host, runs_once},
     idempotency,
     leases::Leases,
     packages,
@@ -279,7 +279,10 @@ impl Worker {
             end.send(CallEvent::Done(call.run(Go { held: Some(held_sender), arguments }).await));
             drop(room);
         });
-        Ok(Reservation::new(held, arguments_sender, CallStream::new(receiver, guard), limit, repeatable))
+        let stream = CallStream::new(receiver, guard);
+        Ok(Reservation::new(held, arguments_sender, stream, limit)
+            .repeatable(repeatable)
+            .alone(runs_once(&record)))
     }
 
     /// Tells a remote server that its sessions are over.

@@ -3,14 +3,17 @@
 use std::{
     collections::BTreeMap,
     sync::atomic::{AtomicBool, Ordering},
-    time::Duration,
 };
 
 use bytes::Bytes;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use reqwest::Method;
 use serde_json::{Value, json};
-use tokio::task::JoinSet;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    task::JoinSet,
+};
 
 use crate::deployment::{Answer, Deployment, eventually};
 
@@ -182,7 +185,9 @@ async fn so_many_calls_wait_for_a_server_and_no_more() {
     })
     .await;
     for _ in 0..GATEWAYS {
-        assert_eq!(refused(api.call("slow", "echo", json!({"text": "x"})).await, 503, "overloaded").0, 1);
+        let (wait, _) = refused(api.call("slow", "echo", json!({"text": "x"})).await, 503, "overloaded");
+        // As long as the one that waits has waited.
+        assert!((1..=30).contains(&wait), "{wait}");
         assert_eq!(api.call("other", "echo", json!({"text": "other"})).await.tool_text(), "other");
     }
     assert!(refusals(&api, "server_queue").await >= GATEWAYS as f64);
@@ -206,7 +211,23 @@ fn open_files(pid: i32) -> u64 {
     line.split_whitespace().next().unwrap().parse().unwrap()
 }
 
+/// Calls a tool on a connection of its own, as cheaply as possible: what a crowd costs here is not there for the programs.
+/// Returns the status, the code of an error, and whether the answer says when to come back.
+async fn call_once(address: String, body: String) -> (u16, String, bool) {
+    let mut stream = TcpStream::connect(&address).await.unwrap();
+    let head = "POST /mcp/tool/call HTTP/1.1\r\ncontent-type: application/json\r\nconnection: close";
+    let request = format!("{head}\r\nhost: {address}\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("no answer: {answer:?}"));
+    let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+    let document: Value = serde_json::from_str(body).unwrap_or_else(|_| panic!("no document: {answer}"));
+    (status, document["code"].as_str().unwrap_or_default().to_owned(), head.contains("\r\nretry-after: "))
+}
+
 #[tokio::test(flavor = "multi_thread")]
+#[allow(clippy::print_stdout, reason = "what came of it is worth reading")]
 async fn five_thousand_callers_of_one_slot_harm_nobody_else() {
     const CALLERS: usize = 5_000;
     /// For the sockets of this test, and less than the programs may have.
@@ -216,7 +237,9 @@ async fn five_thousand_callers_of_one_slot_harm_nobody_else() {
     setrlimit(Resource::RLIMIT_NOFILE, FILES, most).unwrap();
 
     let api = Deployment::start().await;
-    api.add_fixture("slow", &[], json!({"concurrency": 1, "scaling": "singleton"})).await;
+    // However slow this machine is, whoever waits is served in the end.
+    let single = json!({"concurrency": 1, "scaling": "singleton", "toolTimeout": 600_000});
+    api.add_fixture("slow", &[], single).await;
     api.add_fixture("other", &[], json!({})).await;
     // Programs take as many files as they can have, and leave their servers what they were given.
     assert!(api.programs().into_iter().all(|pid| open_files(pid) == most));
@@ -225,17 +248,9 @@ async fn five_thousand_callers_of_one_slot_harm_nobody_else() {
     }
 
     let mut crowd = JoinSet::new();
-    let body = json!({"serverName": "slow", "methodName": "sleep", "args": {"ms": 2}});
+    let body = json!({"serverName": "slow", "methodName": "sleep", "args": {"ms": 2}}).to_string();
     for _ in 0..CALLERS {
-        let request =
-            api.request(Method::POST, "/mcp/tool/call").json(&body).timeout(Duration::from_secs(120));
-        crowd.spawn(async move {
-            let response = request.send().await.unwrap();
-            let status = response.status().as_u16();
-            let retry = response.headers().get("retry-after").cloned();
-            let document: Value = response.json().await.unwrap();
-            (status, document["code"].as_str().unwrap_or_default().to_owned(), retry.is_some())
-        });
+        crowd.spawn(call_once(api.address().to_owned(), body.clone()));
     }
     let over = AtomicBool::new(false);
     let (answers, others) = tokio::join!(
@@ -259,9 +274,10 @@ async fn five_thousand_callers_of_one_slot_harm_nobody_else() {
     );
     println!("answers {answers:?}; meanwhile {others} calls of the other server");
     assert_eq!(answers.values().sum::<usize>(), CALLERS);
-    let (good, bad) = ((200, String::new(), false), (503, "overloaded".to_owned(), true));
+    let good = (200, String::new(), false);
     // Whoever found a place in the queue was served; everybody else was told to come back.
     assert!(answers[&good] >= 1_024, "{answers:?}");
+    let bad = (503, "overloaded".to_owned(), true);
     assert!(answers.keys().all(|answer| *answer == good || *answer == bad), "{answers:?}");
     assert!(answers.contains_key(&bad) && others > 0, "{answers:?}, {others}");
     for pid in api.programs() {

@@ -157,7 +157,7 @@ impl Hosting for Echo {
             }
         });
         let limit = context.timeout.unwrap_or(limits::TOOL_TIMEOUT);
-        Ok(Reservation::new(held, arguments, CallStream::new(receiver, watched), limit, false))
+        Ok(Reservation::new(held, arguments, CallStream::new(receiver, watched), limit))
     }
 
     fn describe(&self) -> NodeReport {

@@ -10,6 +10,7 @@ use deadpool::managed::{
 };
 use mcp_shared::{
     error::{ErrorCode, WorkerError},
+    limits,
     metrics::{self, Limit},
 };
 use tokio::time::{Instant, timeout};
@@ -69,11 +70,7 @@ impl Group {
             let mut got = self.pool.timeout_get(&waiting(Duration::ZERO)).await;
             if let Err(PoolError::Timeout(_)) = got {
                 let Some(turn) = self.queue.turn(self.host.limits.server_queue) else {
-                    metrics::count_refusal(Limit::ServerQueue);
-                    let text = format!("Server {} has too many calls waiting", self.server);
-                    return Err(not_started(
-                        WorkerError::new(ErrorCode::Overloaded, text).retry_after(Duration::from_secs(1)),
-                    ));
+                    return Err(self.too_many_waiting());
                 };
                 let wait = deadline.saturating_duration_since(Instant::now());
                 got = self.pool.timeout_get(&waiting(wait)).await;
@@ -118,6 +115,16 @@ impl Group {
             .filter(|instance| instance.slots.load(Ordering::Acquire) < limit)?;
         instance.slots.fetch_add(1, Ordering::AcqRel);
         Some(Slot { instance: Arc::clone(instance) })
+    }
+
+    /// The refusal of a call that would have to wait behind too many. It is to come back when those will have gone by the
+    /// look of the first one's wait: a crowd that comes back every second would take the time that the calls need.
+    fn too_many_waiting(&self) -> NoSlot {
+        metrics::count_refusal(Limit::ServerQueue);
+        let (_, wait) = self.queue.wait();
+        let text = format!("Server {} has too many calls waiting", self.server);
+        let error = WorkerError::new(ErrorCode::Overloaded, text);
+        not_started(error.retry_after(wait.clamp(limits::RETRY_LEAST, limits::RETRY_MOST)))
     }
 
     fn no_slot_in_time(&self) -> NoSlot {
