@@ -146,6 +146,9 @@ async fn refused(data: &Data) -> (Option<i32>, String) {
     (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
 }
 
+/// Does something to the bytes of a file.
+type Damage = fn(&mut Vec<u8>);
+
 #[tokio::test]
 async fn a_damaged_file_is_refused_with_a_way_out_and_left_as_it_is() {
     let api = Deployment::start().await;
@@ -157,7 +160,7 @@ async fn a_damaged_file_is_refused_with_a_way_out_and_left_as_it_is() {
     assert!(api.stop().await.success());
     let file = data.path().join("data").join("mcp-api.db");
     let sound = fs::read(&file).unwrap();
-    let damages: [(&str, fn(&mut Vec<u8>)); 4] = [
+    let damages: [(&str, Damage); 4] = [
         ("noise instead of the first page", |file| file[..PAGE].fill(0x5A)),
         ("noise in the middle", |file| {
             let at = file.len() / 2 / PAGE * PAGE;
