@@ -1,12 +1,14 @@
-//! The tables of the README are made from the code, and this is what makes and checks them.
+//! The tables of the README are made from the code, and this is what makes and checks them. The fault matrix is
+//! written by hand, and this is what keeps it from naming tests that are gone.
 
-use std::fmt::Write;
+use std::{fmt::Write, path::Path};
 
 use mcp_shared::{config, error::ErrorCode, limits};
 
 use crate::problem::status;
 
 const README: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../README.md");
+const FAULTS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/FAULTS.md");
 
 #[test]
 fn the_readme_has_the_tables_of_this_version() {
@@ -22,6 +24,45 @@ fn the_readme_has_the_tables_of_this_version() {
     } else {
         assert_eq!(old, new, "the tables are out of date; CONTRIBUTING.md says how to make them anew");
     }
+}
+
+/// Each row of the fault matrix names tests that there are, or says that nothing shows it.
+#[test]
+fn the_fault_matrix_names_tests_that_exist() {
+    let matrix = std::fs::read_to_string(FAULTS).unwrap();
+    let mut rows = 0;
+    for row in matrix.lines() {
+        let cells: Vec<&str> = row.split('|').map(str::trim).collect();
+        let ["", _, _, shown, ""] = cells[..] else { continue };
+        if shown == "shown by" || shown.starts_with("---") {
+            continue;
+        }
+        rows += 1;
+        let tests = named_tests(shown);
+        assert!(!tests.is_empty() || shown.starts_with("not shown: "), "nothing shows it: {row}");
+        for (file, function) in tests {
+            assert!(is_test(&file, function), "there is no test {function} in {file}");
+        }
+    }
+    assert!(rows > 100, "only {rows} rows were found");
+}
+
+/// The tests that a text names: files and functions.
+fn named_tests(text: &str) -> Vec<(String, &str)> {
+    let quoted = text.split('`').skip(1).step_by(2);
+    let tests = quoted.filter_map(|name| name.split_once(".rs::"));
+    tests.map(|(file, function)| (format!("{file}.rs"), function)).collect()
+}
+
+/// Whether a file has such a test.
+fn is_test(file: &str, function: &str) -> bool {
+    let ours = file.starts_with("it/") || file.starts_with("cluster/");
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join(if ours { "tests" } else { ".." });
+    let source = std::fs::read_to_string(folder.join(file)).unwrap_or_default();
+    let Some((before, _)) = source.split_once(&format!("fn {function}(")) else { return false };
+    // Its attributes stand between the last empty line and its name.
+    let attributes = before.rsplit("\n\n").next().unwrap_or_default();
+    attributes.contains("#[test]") || attributes.contains("#[tokio::test")
 }
 
 fn codes() -> String {
