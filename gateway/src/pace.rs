@@ -7,7 +7,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     task::{Context, Poll},
 };
@@ -20,31 +20,28 @@ use tokio::{
     time::{Instant, Sleep, sleep_until},
 };
 
-/// Whether a request of the connection is being served, from its whole head to the end of its answer.
+/// Whether a request of the connection is being served: from its whole head until its body is taken in and its
+/// answer is sent.
 #[derive(Debug, Clone, Default)]
 pub struct Serving(Arc<State>);
 
 #[derive(Debug, Default)]
 struct State {
-    busy: AtomicBool,
+    holds: AtomicUsize,
     /// Heads that have come whole.
     heads: AtomicU64,
 }
 
 impl Serving {
-    /// A head has come whole. The answer is to be wrapped by [`Serving::until_sent`].
-    pub fn begin(&self) {
-        self.0.busy.store(true, Ordering::Release);
+    /// A head has come whole. What is read is its body, or waits for its answer, until nobody has the hold any more.
+    pub fn begin(&self) -> Hold {
         self.0.heads.fetch_add(1, Ordering::AcqRel);
-    }
-
-    /// What is read after this body belongs to the next head.
-    pub fn until_sent<B>(&self, body: B) -> Answering<B> {
-        Answering { body, serving: self.clone() }
+        self.0.holds.fetch_add(1, Ordering::AcqRel);
+        Hold(Arc::clone(&self.0))
     }
 
     fn is_set(&self) -> bool {
-        self.0.busy.load(Ordering::Acquire)
+        self.0.holds.load(Ordering::Acquire) > 0
     }
 
     fn heads(&self) -> u64 {
@@ -52,20 +49,38 @@ impl Serving {
     }
 }
 
-/// The body of an answer.
+/// Says that a request is being served, until it is dropped.
 #[derive(Debug)]
-pub struct Answering<B> {
-    body: B,
-    serving: Serving,
-}
+pub struct Hold(Arc<State>);
 
-impl<B> Drop for Answering<B> {
-    fn drop(&mut self) {
-        self.serving.0.busy.store(false, Ordering::Release);
+impl Clone for Hold {
+    fn clone(&self) -> Self {
+        self.0.holds.fetch_add(1, Ordering::AcqRel);
+        Self(Arc::clone(&self.0))
     }
 }
 
-impl<B: Body<Data = Bytes> + Unpin> Body for Answering<B> {
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.0.holds.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// The body of a request or of its answer.
+#[derive(Debug)]
+pub struct Held<B> {
+    body: B,
+    _hold: Hold,
+}
+
+impl<B> Held<B> {
+    /// A body that has the request served as long as it is there.
+    pub fn new(body: B, hold: Hold) -> Self {
+        Self { body, _hold: hold }
+    }
+}
+
+impl<B: Body<Data = Bytes> + Unpin> Body for Held<B> {
     type Data = Bytes;
     type Error = B::Error;
 

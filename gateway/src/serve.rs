@@ -9,7 +9,7 @@ use std::{
 
 use axum::Router;
 use http::{HeaderValue, header};
-use hyper::server::conn::http1;
+use hyper::{body::Incoming, server::conn::http1};
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
     server::graceful::GracefulShutdown,
@@ -25,7 +25,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tower::{ServiceExt, service_fn};
 
-use crate::pace::{Paced, Serving};
+use crate::pace::{Held, Paced, Serving};
 
 /// How long to wait before accepting again when the system has no more descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -103,15 +103,15 @@ pub async fn serve(
         newest = Some(Instant::now());
         let (api, leaving, serving) = (api.clone(), leaving.clone(), Serving::default());
         let stream = Paced::new(stream, serving.clone());
-        let service = TowerToHyperService::new(service_fn(move |request| {
-            serving.begin();
-            let (api, leaving, serving) = (api.now(), leaving.clone(), serving.clone());
+        let service = TowerToHyperService::new(service_fn(move |request: http::Request<Incoming>| {
+            let (api, leaving, hold) = (api.now(), leaving.clone(), serving.begin());
             async move {
+                let request = request.map(|body| Held::new(body, hold.clone()));
                 let mut answer: axum::response::Response = api.oneshot(request).await?;
                 if leaving.is_cancelled() {
                     answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
                 }
-                Ok::<_, Infallible>(answer.map(|body| serving.until_sent(body)))
+                Ok::<_, Infallible>(answer.map(|body| Held::new(body, hold)))
             }
         }));
         let connection = graceful.watch(http.serve_connection(TokioIo::new(stream), service));
