@@ -120,6 +120,10 @@ fn addresses(settings: &BusSettings) -> Result<Vec<ServerAddr>, OpenError> {
 
 /// Anybody who can speak on the bus can call tools as any user, so a server that lets everybody in is
 /// used only where the settings allow it.
+/// Bytes that a message must be allowed to have: a part of a body with what stands around it, and the beat of a
+/// worker with many servers.
+const SMALLEST: usize = 512 * 1024;
+
 fn fit(settings: &BusSettings, info: &ServerInfo) -> Result<(), OpenError> {
     let version = {
         let mut numbers = info.version.split('.').map(|number| number.parse::<u64>().unwrap_or(0));
@@ -131,6 +135,11 @@ fn fit(settings: &BusSettings, info: &ServerInfo) -> Result<(), OpenError> {
     }
     if !info.headers {
         return Err(OpenError::Unfit("the server has headers switched off".to_owned()));
+    }
+    if info.max_payload < SMALLEST {
+        let text =
+            format!("messages may have {} bytes only: max_payload has to be {SMALLEST}", info.max_payload);
+        return Err(OpenError::Unfit(text));
     }
     if !settings.open_allowed && !info.auth_required {
         return Err(OpenError::Unfit(

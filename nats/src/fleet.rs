@@ -25,7 +25,7 @@ pub const BEAT: Duration = Duration::from_secs(1);
 /// A node that is unheard for so long is offered nothing.
 pub const OUT_AFTER: Duration = Duration::from_secs(3);
 /// How long a node that is out is remembered: it may come back, and must hear of changes then.
-const FORGOTTEN_AFTER: Duration = Duration::from_secs(60);
+const FORGOTTEN_AFTER: Duration = Duration::from_secs(600);
 /// When calls wait this long at every owner, another worker is asked to run the server as well.
 pub const CROWDED: Duration = Duration::from_secs(1);
 

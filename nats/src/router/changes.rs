@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use futures_util::future::{join, join_all};
 use mcp_shared::{error::WorkerError, ids::WorkerId, limits, worker_api::Change};
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until};
 
 use super::{
     Inner,
@@ -15,6 +15,9 @@ use crate::{caller::bus_unavailable, wire::Ask};
 /// A worker that has said nothing for so long starts nothing until it has read everything again: it is
 /// frozen, cut off or dead.
 const ACKNOWLEDGED_WITHIN: Duration = Duration::from_millis(1_100);
+/// A worker that is cut off from this node by a split of the NATS servers has noticed it after this time, and read
+/// what is stored.
+const NOTICED_WITHIN: Duration = Duration::from_secs(6);
 /// How long the server may take to take in what this node sends.
 const SETTLED_WITHIN: Duration = Duration::from_secs(3);
 
@@ -22,6 +25,9 @@ const SETTLED_WITHIN: Duration = Duration::from_secs(3);
 enum Told {
     /// It has taken the change in, or is gone.
     Done,
+    /// It is gone, or on the other side of NATS servers that lost each other: then it notices in this time that it
+    /// misses somebody, and reads what is stored.
+    Missing(Duration),
     /// It said nothing in time.
     Silent,
 }
@@ -54,6 +60,13 @@ impl Inner {
             tracing::debug!(error.cause = %error, "an event was not sent");
         }
         let told = told.into_iter().collect::<Result<Vec<_>, _>>()?;
+        let missing = told.iter().filter_map(|told| match told {
+            Told::Missing(time) => Some(*time),
+            Told::Done | Told::Silent => None,
+        });
+        if let Some(time) = missing.max() {
+            sleep(time).await;
+        }
         if told.iter().any(|told| matches!(told, Told::Silent)) {
             let settled = settled.ok_or_else(bus_unavailable)?;
             sleep_until(settled + ACKNOWLEDGED_WITHIN).await;
@@ -73,7 +86,12 @@ impl Inner {
             Err(Unanswered::Gone) => {
                 // Whoever has no subscription hears nothing else either, and reads everything again
                 // before it starts anything.
+                let silence = self.fleet().silence(self.bus.now(), worker);
                 self.fleet_mut().silent(worker);
+                let left = NOTICED_WITHIN.saturating_sub(silence.unwrap_or(NOTICED_WITHIN));
+                if self.bus.is_clustered() && !left.is_zero() {
+                    return Ok(Told::Missing(left));
+                }
                 Ok(Told::Done)
             }
             Err(Unanswered::Silent) => {

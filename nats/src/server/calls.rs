@@ -1,10 +1,11 @@
 //! One call at the worker: its place, its arguments, its progress, its end.
 
-use std::{sync::Arc, time::Duration};
+use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
 use async_nats::Subject;
+use futures_util::FutureExt;
 use mcp_shared::{
-    error::ErrorCode,
+    error::{ErrorCode, Outcome, WorkerError},
     hosting::Refusal,
     json::RawJson,
     limits,
@@ -37,6 +38,21 @@ pub(super) struct Admission {
     pub cancelled: CancellationToken,
 }
 
+/// The end of a call whose task panicked. The panic itself was logged.
+fn panicked() -> Ending {
+    Ending::Failed(WorkerError::new(ErrorCode::Internal, "Internal error").outcome(Outcome::Unknown))
+}
+
+/// How a call ended whose task may have panicked.
+fn flat(
+    ending: std::thread::Result<Result<Option<Ending>, Refusal>>,
+) -> Result<Option<Ending>, Box<Refusal>> {
+    match ending {
+        Ok(ended) => ended.map_err(Box::new),
+        Err(_) => Ok(Some(panicked())),
+    }
+}
+
 /// The most time that a call may have, as far as its offer says. The server's record may say less.
 pub(super) fn longest(offer: &Offer) -> Duration {
     let asked = offer.timeout_ms.map(Duration::from_millis);
@@ -51,18 +67,22 @@ impl Inner {
         tokio::select! {
             // Giving up drops the place or the running call, whichever it is.
             () = cancelled.cancelled() => {}
-            ending = self.run(call) => match ending {
+            ending = AssertUnwindSafe(self.run(call)).catch_unwind() => match flat(ending) {
                 Ok(Some(ending)) => {
                     let wanted = self.table().desk.ended(self.bus.now(), id, &ending);
                     if wanted {
                         self.end(id, &reply, ending).await;
+                    } else if self.table().desk.refused(id) {
+                        // It never came to a start.
+                        let error = WorkerError::new(ErrorCode::Internal, "Internal error");
+                        self.say(&reply, &ToRouter::Refuse(Refusal::Error { error })).await;
                     }
                 }
                 Ok(None) => {}
                 Err(refusal) => {
                     let wanted = self.table().desk.refused(id);
                     if wanted {
-                        self.say(&reply, &ToRouter::Refuse(refusal)).await;
+                        self.say(&reply, &ToRouter::Refuse(*refusal)).await;
                     }
                 }
             },
@@ -138,10 +158,7 @@ impl Inner {
                 CallEvent::Done(Err(error)) => return Ending::Failed(error),
             }
         }
-        Ending::Failed(
-            mcp_shared::error::WorkerError::new(ErrorCode::Internal, "Internal error")
-                .outcome(mcp_shared::error::Outcome::Unknown),
-        )
+        panicked()
     }
 
     /// Room for large arguments. Small ones need none.
