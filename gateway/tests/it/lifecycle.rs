@@ -86,7 +86,7 @@ async fn tools_are_listed_page_by_page() {
     let api = Deployment::start().await;
     let whole = api.add_fixture("whole", &["--more"], json!({})).await;
     let paged = api.add_fixture("paged", &["--more", "--pages", "3"], json!({})).await;
-    assert_eq!(whole["toolsList"].as_array().unwrap().len(), 35);
+    assert_eq!(whole["toolsList"].as_array().unwrap().len(), 36);
     assert_eq!(whole["toolsList"], paged["toolsList"]);
     assert_eq!(listed(&api, "whole").await, listed(&api, "paged").await);
     let none = api.add_fixture("none", &["--no-tools"], json!({})).await;
@@ -103,7 +103,7 @@ async fn a_new_tool_shows_up_by_itself() {
         eventually("the new tool is listed", async || listed(&api, "grows").await.contains(&name)).await;
         assert_eq!(api.call("grows", &name, json!({})).await.tool_text(), name);
     }
-    assert_eq!(listed(&api, "grows").await.len(), 38);
+    assert_eq!(listed(&api, "grows").await.len(), 39);
 }
 
 #[tokio::test]
@@ -374,7 +374,7 @@ async fn a_server_of_the_stateless_protocol_works() {
     let api = Deployment::start().await;
     let flags = ["--modern-only", "--more", "--pages", "2"];
     let server = api.add_fixture("modern", &flags, json!({})).await;
-    assert_eq!(server["toolsList"].as_array().unwrap().len(), 35);
+    assert_eq!(server["toolsList"].as_array().unwrap().len(), 36);
     echoes(&api, "modern").await;
     let answer = api.call("modern", "args", json!({"n": 1.0})).await;
     assert_eq!(answer.json()["data"]["resultType"], "complete");

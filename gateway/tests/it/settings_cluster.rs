@@ -205,7 +205,8 @@ async fn a_workers_health_is_told_from_the_start() {
     assert_eq!((status, &body["code"]), (503, &"store_unavailable".into()), "{body}");
     assert_eq!(body["notReady"], serde_json::json!(["store", "bus"]));
     assert_eq!((&body["success"], &body["retryable"]), (&false.into(), &true.into()), "{body}");
-    for path in ["/", "/mcp/servers", "/metrics", "/healthz/x"] {
+    assert_eq!(get("/metrics").await.0, 503, "there is nothing to measure yet");
+    for path in ["/", "/mcp/servers", "/healthz/x"] {
         let (status, body) = get(path).await;
         assert_eq!((status, &body["code"]), (404, &"not_found".into()), "{path}");
         assert!(body["requestId"].is_string() && body["success"] == false, "{body}");

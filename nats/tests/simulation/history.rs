@@ -113,10 +113,9 @@ impl History {
             End::Failed(Outcome::NotStarted) if starts > 0 => {
                 self.violate(&format!("(2) call {call} is said to be not started, and was"));
             }
-            End::Answered(id) if repeatable => {
-                if !finished.contains(&id) {
-                    self.violate(&format!("(3) call {call} was answered and did not run to its end"));
-                }
+            End::Answered(id) if repeatable && finished.contains(&id) => {}
+            End::Answered(_) if repeatable => {
+                self.violate(&format!("(3) call {call} was answered and did not run to its end"));
             }
             End::Answered(id) if starts != 1 || finished != [id] => {
                 self.violate(&format!("(3) call {call} was answered and did not run once to its end"));

@@ -166,6 +166,15 @@ impl MongoServer {
         Self::start_with(false)
     }
 
+    /// Starts one that keeps nothing: quicker, and no test waits for the disk.
+    ///
+    /// # Panics
+    ///
+    /// As [`MongoServer::start`].
+    pub fn forgetful() -> Self {
+        Self::start_with(true)
+    }
+
     fn start_with(in_memory: bool) -> Self {
         let folder = RunFolder::new("mongo");
         let mut server = Self { process: Process::new(folder), in_memory };

@@ -75,7 +75,7 @@ async fn every_call_is_executed_at_most_once_and_told_truly() {
         _ => Until::Elapsed(SHORT),
     };
     println!("FAULTS_SEED={seed}");
-    let stage = Stage::start(2, 3, 1).await;
+    let stage = Stage::lasting(2, 3, 1).await;
     prepare(&stage).await;
     let theatre = Arc::new(Theatre {
         stage,

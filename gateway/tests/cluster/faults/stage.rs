@@ -163,10 +163,21 @@ impl Seat {
 
 impl Stage {
     /// Starts a fleet, and waits until all see each other. Of the workers' places the last `spare` are empty.
+    ///
+    /// The database keeps nothing when it ends, and does not depend on how quick the disk is.
     pub async fn start(gateways: usize, workers: usize, spare: usize) -> Self {
+        Self::start_on(MongoServer::forgetful, gateways, workers, spare).await
+    }
+
+    /// The same, with a database that may be restarted.
+    pub async fn lasting(gateways: usize, workers: usize, spare: usize) -> Self {
+        Self::start_on(MongoServer::start, gateways, workers, spare).await
+    }
+
+    async fn start_on(database: fn() -> MongoServer, gateways: usize, workers: usize, spare: usize) -> Self {
         // The client speaks TLS with whatever the programs speak it with.
         mcp_shared::tls::install_provider();
-        let started = tokio::task::spawn_blocking(|| (NatsServer::start(""), MongoServer::start()));
+        let started = tokio::task::spawn_blocking(move || (NatsServer::start(""), database()));
         let (nats, mongo) = started.await.unwrap();
         let seats = |program, kind: &str, count: usize| {
             (0..count)
