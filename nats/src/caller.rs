@@ -118,6 +118,8 @@ pub struct Caller {
     refused: Option<WorkerError>,
     /// Workers that cannot start the server.
     unable: u32,
+    /// Somebody who could take it is about to stop, and hands over what it runs.
+    leaving: bool,
     /// It may be made again when nobody knows what became of it.
     repeatable: bool,
     /// A worker was lost that had begun it.
@@ -140,6 +142,7 @@ impl Caller {
             full: Vec::new(),
             refused: None,
             unable: 0,
+            leaving: false,
             repeatable: false,
             may_have_run: false,
             stuck: None,
@@ -202,7 +205,8 @@ impl Caller {
         if !matches!(self.phase, Phase::Choosing { .. }) {
             return Turn::STAY;
         }
-        let passing = self.refused.as_ref().is_some_and(|error| error.code == ErrorCode::NoWorker);
+        let passing =
+            self.leaving || self.refused.as_ref().is_some_and(|error| error.code == ErrorCode::NoWorker);
         // A call that had waited long before has as much of a chance as one that is new.
         if passing && now.saturating_sub(*self.stuck.get_or_insert(now)) < RECOVERY {
             self.wish.avoid.clear();
@@ -358,6 +362,16 @@ impl Caller {
     fn refused(&mut self, now: Now, worker: WorkerId, refusal: Refusal) -> Turn {
         let going = matches!(self.phase, Phase::Going { .. });
         let hinted = self.wish.owner.take();
+        let refusal = match refusal {
+            // It began to stop when it had the call already. What it runs is about to be somebody else's.
+            Refusal::Busy { error } if error.code == ErrorCode::ShuttingDown => {
+                if going {
+                    self.failures += 1;
+                }
+                Refusal::Draining
+            }
+            other => other,
+        };
         match refusal {
             Refusal::Error { error } => return self.end(error, Outcome::NotStarted),
             Refusal::NotOwner { owner: Some(owner) } if owner != worker => {
@@ -389,10 +403,7 @@ impl Caller {
                 }
             }
             Refusal::Busy { error } => {
-                let unable = !matches!(
-                    error.code,
-                    ErrorCode::Overloaded | ErrorCode::NoWorker | ErrorCode::ShuttingDown
-                );
+                let unable = !matches!(error.code, ErrorCode::Overloaded | ErrorCode::NoWorker);
                 if unable {
                     // It cannot be started there. Where two workers cannot, others are not tried.
                     self.unable += 1;
@@ -408,6 +419,7 @@ impl Caller {
                 }
             }
             Refusal::Draining => {
+                self.leaving = true;
                 if !self.wish.not_owners.contains(&worker) {
                     self.wish.not_owners.push(worker.clone());
                 }

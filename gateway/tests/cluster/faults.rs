@@ -16,6 +16,7 @@ mod monkey;
 mod owners;
 mod rolling;
 mod scaling;
+mod split;
 mod stage;
 mod workers;
 
