@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use mcp_shared::testing::{link::Link, services::MongoServer};
 use serde_json::{Value, json};
 
-use crate::deployment::{Deployment, alive, eventually};
+use crate::deployment::{Data, Deployment, alive, eventually};
 
 fn through(link: &Link) -> String {
     format!("mongodb://{}/?directConnection=true&serverSelectionTimeoutMS=1000", link.address())
@@ -127,4 +127,71 @@ async fn calls_that_need_no_secrets_outlast_the_store() {
     }
     api.set_secret("alice", "other", "text", "newest").await.ok();
     assert_eq!(echo("alice", "other").await.tool_text(), "newest");
+}
+
+#[tokio::test]
+async fn a_call_with_a_name_is_not_made_unguarded() {
+    let mongo = MongoServer::start();
+    let link = Link::to(mongo.address());
+    let (api, data) = (Deployment::builder().env("MONGODB_URI", through(&link)).start().await, Data::new());
+    api.add_fixture("s", &["--more"], json!({})).await;
+    let path = data.path().join("named");
+    let args = json!({"path": path, "text": "x"});
+    let body = json!({"serverName": "s", "methodName": "touch", "args": args});
+    let named = async || {
+        let request = api.request(reqwest::Method::POST, "/mcp/tool/call").header("Idempotency-Key", "once");
+        api.send(request.json(&body)).await
+    };
+    // The user is known at both workers.
+    for _ in 0..4 {
+        assert_eq!(api.call("s", "echo", json!({"text": "hi"})).await.tool_text(), "hi");
+    }
+    link.cut();
+    let refused = named().await.fails(503, "store_unavailable");
+    assert_eq!(refused.json()["outcome"], "not_started", "{}", refused.text);
+    assert!(refused.headers.contains_key("retry-after"));
+    assert!(!path.exists());
+    link.mend();
+    eventually("the name can be taken", async || named().await.status == 200).await;
+    assert_eq!(named().await.ok().headers["idempotency-replayed"], "true");
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), "x\n");
+}
+
+#[tokio::test]
+async fn a_slow_store_slows_only_what_needs_it() {
+    let mongo = MongoServer::start();
+    let link = Link::to(mongo.address());
+    let api = Deployment::builder().env("MONGODB_URI", through(&link)).start().await;
+    api.add_fixture("s", &["--more"], json!({})).await;
+    let echo = async || api.call("s", "echo", json!({"text": "hi"})).await.ok().tool_text();
+    for _ in 0..4 {
+        assert_eq!(echo().await, "hi");
+    }
+    // Two seconds for each question and its answer.
+    link.delay(Duration::from_secs(1));
+    let begun = Instant::now();
+    let mut calls = 0;
+    let changed = async {
+        let answer = api.set_secret("alice", "s", "text", "slow").await;
+        // Slow enough to be given up, or not quite.
+        if answer.status != 200 {
+            answer.fails(503, "store_unavailable");
+        }
+        begun.elapsed()
+    };
+    let calling = async {
+        while begun.elapsed() < Duration::from_secs(3) {
+            assert_eq!(echo().await, "hi");
+            calls += 1;
+        }
+    };
+    let (took, ()) = tokio::join!(changed, calling);
+    assert!(took >= Duration::from_secs(2), "the store was not slow: {took:?}");
+    assert!(calls > 10, "calls waited for the store: {calls} in three seconds");
+    link.mend();
+    eventually("secrets can be set", async || {
+        api.set_secret("alice", "s", "text", "quick").await.status == 200
+    })
+    .await;
+    assert_eq!(api.call_as("alice", "s", "echo", json!({"text": "hi"})).await.tool_text(), "quick");
 }

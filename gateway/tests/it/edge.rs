@@ -759,3 +759,53 @@ async fn a_connection_may_rest_between_requests_and_not_within_one() {
     };
     tokio::join!(resting, dripping, silent);
 }
+
+#[tokio::test]
+async fn who_sends_or_reads_nothing_is_let_go() {
+    let api = started().await;
+    let call = |body: &str| {
+        let head = format!(
+            "POST /mcp/tool/call HTTP/1.1\r\nHost: {}\r\nContent-Type: application/json\r\nContent-Length: ",
+            api.address()
+        );
+        format!("{head}{}\r\n\r\n{body}", body.len())
+    };
+    let slow_body = async {
+        let mut stream = TcpStream::connect(api.address()).await.unwrap();
+        let request = call(r#"{"serverName": "echo", "methodName": "echo", "args": {"text": "hi"}}"#);
+        let begun = Instant::now();
+        stream.write_all(&request.as_bytes()[..request.len() - 10]).await.unwrap();
+        let mut answer = vec![0; 4_096];
+        let read = timeout(Duration::from_secs(60), stream.read(&mut answer)).await.unwrap().unwrap();
+        let answer = String::from_utf8_lossy(&answer[..read]).into_owned();
+        assert!(answer.starts_with("HTTP/1.1 408"), "{answer}");
+        assert!(answer.contains("request_timeout") && answer.contains("not_started"), "{answer}");
+        assert!(begun.elapsed() > Duration::from_secs(25));
+    };
+    let unread = async {
+        let mut stream = TcpStream::connect(api.address()).await.unwrap();
+        let whole = 15 * 1024 * 1024;
+        let body = json!({"serverName": "echo", "methodName": "big", "args": {"bytes": whole}});
+        stream.write_all(call(&body.to_string()).as_bytes()).await.unwrap();
+        // The answer begins, and fills whatever holds it on its way. Nobody reads on.
+        assert!(stream.read(&mut vec![0; 64]).await.unwrap() > 0);
+        let open = || {
+            let sockets = std::fs::read_to_string("/proc/net/tcp").unwrap();
+            let port = format!(":{:04X}", stream.local_addr().unwrap().port());
+            // As the gateway sees it: the client is its remote address. 01: established.
+            sockets.lines().any(|line| {
+                let mut words = line.split_whitespace().skip(2);
+                words.next().is_some_and(|remote| remote.ends_with(&port)) && words.next() == Some("01")
+            })
+        };
+        assert!(open());
+        let begun = Instant::now();
+        while open() {
+            assert!(begun.elapsed() < Duration::from_secs(90), "the connection is kept for ever");
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
+        assert!(begun.elapsed() > Duration::from_secs(20), "it was closed before its time");
+    };
+    tokio::join!(slow_body, unread);
+    unharmed(&api).await;
+}

@@ -1,5 +1,6 @@
 //! Remote servers behind TLS. The certificates are for these tests alone: an authority that nobody trusts,
-//! and what it signed for `localhost`, with the key.
+//! and what it signed, with the key: for
+//! `localhost`, the same until 2021, and for another name.
 
 use std::{path::PathBuf, sync::Arc};
 
@@ -21,9 +22,9 @@ fn file(name: &str) -> PathBuf {
 }
 
 /// Speaks TLS in front of a remote server. Returned is its port.
-async fn in_front_of(remote: &Remote) -> u16 {
+async fn in_front_of(remote: &Remote, certificate: &str) -> u16 {
     tls::install_provider();
-    let certificate = CertificateDer::from_pem_file(file("localhost.pem")).unwrap();
+    let certificate = CertificateDer::from_pem_file(file(certificate)).unwrap();
     let key = PrivateKeyDer::from_pem_file(file("localhost.key")).unwrap();
     let config =
         ServerConfig::builder().with_no_client_auth().with_single_cert(vec![certificate], key).unwrap();
@@ -48,7 +49,7 @@ async fn in_front_of(remote: &Remote) -> u16 {
 #[tokio::test]
 async fn a_server_with_a_trusted_certificate_is_called() {
     let remote = remote(&[]);
-    let port = in_front_of(&remote).await;
+    let port = in_front_of(&remote, "localhost.pem").await;
     let authority = file("authority.pem");
     let api = Deployment::builder()
         .env("EGRESS_ALLOW", "127.0.0.0/8,::1")
@@ -65,7 +66,7 @@ async fn a_server_with_a_trusted_certificate_is_called() {
 #[tokio::test]
 async fn a_server_that_nobody_vouches_for_is_not() {
     let remote = remote(&[]);
-    let port = in_front_of(&remote).await;
+    let port = in_front_of(&remote, "localhost.pem").await;
     let api = Deployment::builder().env("EGRESS_ALLOW", "127.0.0.0/8,::1").start().await;
     let url = format!("https://localhost:{port}/mcp");
     let body = json!({"name": "s", "transportType": "streamable_http", "url": url});
@@ -74,4 +75,25 @@ async fn a_server_that_nobody_vouches_for_is_not() {
     let refused = api.call("s", "echo", json!({"text": "hi"})).await.fails(502, "upstream_tls");
     assert_eq!(refused.json()["outcome"], "not_started");
     assert_eq!(refused.json()["retryable"], false);
+}
+
+#[tokio::test]
+async fn a_certificate_that_has_ended_or_is_anothers_is_refused() {
+    let remote = remote(&[]);
+    let authority = file("authority.pem");
+    let api = Deployment::builder()
+        .env("EGRESS_ALLOW", "127.0.0.0/8,::1")
+        .env("SSL_CERT_FILE", authority.to_str().unwrap())
+        .start()
+        .await;
+    for (name, certificate) in [("ended", "expired.pem"), ("another", "elsewhere.pem")] {
+        let port = in_front_of(&remote, certificate).await;
+        let url = format!("https://localhost:{port}/mcp");
+        let body = json!({"name": name, "transportType": "streamable_http", "url": url});
+        let added = api.post("/mcp/servers", &body).await.ok();
+        assert_eq!(added.json()["server"]["status"], "disconnected");
+        let refused = api.call(name, "echo", json!({"text": "hi"})).await.fails(502, "upstream_tls");
+        assert_eq!(refused.json()["outcome"], "not_started", "{}", refused.text);
+        assert_eq!(refused.json()["retryable"], false);
+    }
 }

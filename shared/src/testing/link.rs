@@ -6,6 +6,7 @@ use std::{
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread,
+    time::Duration,
 };
 
 /// Forwards connections to an address until it is cut or held up, and again when it was mended.
@@ -24,6 +25,7 @@ struct Shared {
 #[derive(Debug, Default)]
 struct State {
     passage: Passage,
+    delay: Duration,
     connections: u64,
     open: HashMap<u64, Vec<TcpStream>>,
 }
@@ -95,9 +97,14 @@ impl Link {
         drop(self.shared.set(Passage::Held));
     }
 
-    /// Lets everything through again.
+    /// Lets everything through so much later, either way.
+    pub fn delay(&self, delay: Duration) {
+        self.shared.state().delay = delay;
+    }
+
+    /// Lets everything through again, at once.
     pub fn mend(&self) {
-        drop(self.shared.set(Passage::Open));
+        self.shared.set(Passage::Open).delay = Duration::ZERO;
     }
 }
 
@@ -139,7 +146,8 @@ impl Shared {
     fn pump(&self, mut from: TcpStream, mut to: TcpStream) {
         let mut buffer = vec![0; 64 * 1024];
         while let Ok(length @ 1..) = from.read(&mut buffer) {
-            drop(self.passing());
+            let delay = self.passing().delay;
+            thread::sleep(delay);
             if to.write_all(&buffer[..length]).is_err() {
                 break;
             }

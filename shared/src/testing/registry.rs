@@ -45,6 +45,8 @@ pub enum Fault {
     Garbage,
     /// Files have other bytes than the metadata says.
     Corrupt,
+    /// Files break off in the middle.
+    Broken,
 }
 
 /// A registry. It ends when this is dropped.
@@ -235,6 +237,9 @@ impl Drop for Registry {
     }
 }
 
+/// What files are.
+const BYTES: &str = "application/octet-stream";
+
 fn has_script(manifest: &Map<String, Value>, script: &str) -> bool {
     manifest.get("scripts").is_some_and(|scripts| scripts.get(script).is_some())
 }
@@ -255,8 +260,14 @@ impl Shared {
         while self.state().fault == Fault::Hang && !self.state().over {
             thread::sleep(Duration::from_millis(20));
         }
-        let (status, kind, body) = self.state().find(&path, json);
+        let ((status, kind, mut body), fault) = {
+            let state = self.state();
+            (state.find(&path, json), state.fault)
+        };
         let length = body.len();
+        if fault == Fault::Broken && kind == BYTES {
+            body.truncate(length / 2);
+        }
         let head = format!(
             "HTTP/1.1 {status} Answer\r\ncontent-type: {kind}\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n"
         );
@@ -270,7 +281,6 @@ impl Shared {
 impl State {
     fn find(&self, path: &str, json: bool) -> (u16, &'static str, Vec<u8>) {
         const JSON: &str = "application/json";
-        const BYTES: &str = "application/octet-stream";
         const INDEX: &str = "application/vnd.pypi.simple.v1+json";
         match self.fault {
             Fault::Status(status) => return (status, JSON, b"{}".to_vec()),

@@ -175,6 +175,9 @@ pub(super) fn python(asked: &Asked<'_>, ran: &Ran, log: &str) -> WorkerError {
     let subject = python_subject(&ran.said);
     let unreachable = any("Request failed after")
         || any("error sending request")
+        || any("error reading a body from connection")
+        || logged("IncompleteRead")
+        || logged("Connection broken")
         || any("HTTP status server error")
         || any("429 Too Many Requests")
         || any("onnection refused")

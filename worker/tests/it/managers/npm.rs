@@ -131,6 +131,18 @@ async fn a_registry_that_is_ill_may_recover() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_breaks_off_is_not_installed() {
+    let bench = Bench::new();
+    plain(&bench, "plain", "1.0.0", "");
+    let lock = bench.resolve(&npm("plain", None)).await.unwrap();
+    bench.registry.fault(Fault::Broken);
+    let error = bench.build(&lock).await.unwrap_err();
+    assert_eq!(error.code, ErrorCode::RegistryUnavailable, "{error:?}");
+    bench.registry.fault(Fault::None);
+    bench.build(&lock).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn other_bytes_than_were_locked_are_refused() {
     let bench = Bench::new();
     plain(&bench, "plain", "1.0.0", "");

@@ -166,6 +166,24 @@ async fn a_registry_that_is_ill_may_recover() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_breaks_off_is_not_installed() {
+    for (installer, bench) in benches() {
+        plain(&bench, "plain", "1.0", Wheel::default());
+        let lock = bench.resolve(&python("plain", None)).await.unwrap();
+        bench.registry.fault(Fault::Broken);
+        let error = bench.build(&lock).await.unwrap_err();
+        // pip does not tell a short file from a changed one.
+        let code = match installer {
+            Installer::Pip => ErrorCode::IntegrityMismatch,
+            Installer::Uv => ErrorCode::RegistryUnavailable,
+        };
+        assert_eq!(error.code, code, "{installer:?}: {error:?}");
+        bench.registry.fault(Fault::None);
+        bench.build(&lock).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn other_bytes_than_were_locked_are_refused() {
     for (installer, bench) in benches() {
         plain(&bench, "plain", "1.0", Wheel::default());
