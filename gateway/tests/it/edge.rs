@@ -788,7 +788,7 @@ async fn who_sends_or_reads_nothing_is_let_go() {
         let body = json!({"serverName": "echo", "methodName": "big", "args": {"bytes": whole}});
         stream.write_all(call(&body.to_string()).as_bytes()).await.unwrap();
         // The answer begins, and fills whatever holds it on its way. Nobody reads on.
-        assert!(stream.read(&mut vec![0; 64]).await.unwrap() > 0);
+        assert!(stream.read(&mut [0; 64]).await.unwrap() > 0);
         let open = || {
             let sockets = std::fs::read_to_string("/proc/net/tcp").unwrap();
             let port = format!(":{:04X}", stream.local_addr().unwrap().port());
