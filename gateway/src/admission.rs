@@ -46,7 +46,7 @@ impl Admission {
     pub fn new(limits: &LimitSettings) -> Self {
         Self {
             calls: Arc::new(Semaphore::new(limits.calls)),
-            bodies: Arc::new(Semaphore::new(limits.body_bytes / UNIT)),
+            bodies: Arc::new(Semaphore::new(limits.body_bytes.div_ceil(UNIT))),
             users: Users::new(limits.user),
             limits: limits.clone(),
         }
@@ -73,7 +73,7 @@ impl Admission {
     /// Shows limits, and what of them is in use.
     pub fn show(&self, metrics: &mut Exposition) {
         let limits = &self.limits;
-        let (most_calls, most_bytes) = (limits.calls, limits.body_bytes / UNIT * UNIT);
+        let (most_calls, most_bytes) = (limits.calls, limits.body_bytes.div_ceil(UNIT) * UNIT);
         let (calls, bodies) = (Arc::clone(&self.calls), Arc::clone(&self.bodies));
         metrics.show_count("gateway_calls", "Calls in flight at this gateway", move || {
             most_calls - calls.available_permits()

@@ -141,7 +141,6 @@ fn tune(stream: &TcpStream) {
         setsockopt(stream, sockopt::KeepAlive, &true)?;
         setsockopt(stream, sockopt::TcpKeepIdle, &seconds(limits::KEEPALIVE))?;
         setsockopt(stream, sockopt::TcpKeepInterval, &seconds(limits::KEEPALIVE))?;
-        setsockopt(stream, sockopt::TcpKeepCount, &limits::KEEPALIVE_PROBES)?;
         setsockopt(stream, sockopt::TcpUserTimeout, &millis)
     };
     if let Err(error) = set() {

@@ -172,6 +172,11 @@ impl Desk {
         OnOffer::Admit
     }
 
+    /// Whether an attempt was met before, so that what is said about it says what became of that.
+    pub fn knows(&self, call: CallId) -> bool {
+        self.calls.contains_key(&call) || self.ran.contains(call) || self.over.contains(call)
+    }
+
     /// The call was refused. Says whether the router still has to hear of it.
     pub fn refused(&mut self, call: CallId) -> bool {
         match self.calls.get(&call).map(|entry| &entry.state) {

@@ -225,6 +225,7 @@ impl Caller {
         let Some(worker) = self.worker().cloned() else { return Turn::STAY };
         match said {
             Said::Wait { limit } => {
+                self.stuck = None;
                 self.learn(limit);
                 if matches!(self.phase, Phase::Offered { .. }) {
                     self.phase = Phase::Waiting { worker, attempt };
@@ -232,6 +233,7 @@ impl Caller {
                 Turn::STAY
             }
             Said::Accept { limit, repeatable } => {
+                self.stuck = None;
                 self.learn(limit);
                 self.repeatable = repeatable;
                 if matches!(self.phase, Phase::Going { .. }) {

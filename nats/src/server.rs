@@ -244,7 +244,9 @@ impl Inner {
             let fresh = self.is_fresh(&table, now);
             if !(wire::VERSIONS.0..=wire::VERSIONS.1 + 1).contains(&offer.version) {
                 Err(Refusal::Busy { error: no_worker() })
-            } else if let Err(error) = self.host.room() {
+            } else if !table.desk.knows(id)
+                && let Err(error) = self.host.room()
+            {
                 // Others may have room. Nothing is kept of what is refused here.
                 Err(Refusal::Busy { error })
             } else {
@@ -415,18 +417,22 @@ impl Inner {
         tokio::time::sleep(LISTENING).await;
         self.resync.notify_one();
         let mut read = Instant::now();
+        let mut was_split = false;
         loop {
             tokio::select! {
                 () = self.resync.notified() => {}
                 // A change that was stored by somebody who died before telling of it is found like this, and one
                 // by somebody whom this worker cannot hear since NATS servers lost each other.
                 () = tokio::time::sleep(REREAD_SPLIT) => {
-                    if read.elapsed() >= REREAD || self.router.may_be_split() {
+                    let split = self.router.may_be_split();
+                    // Once more when it is over: the last moments of it are read as well.
+                    if read.elapsed() >= REREAD || split || was_split {
                         if let Err(error) = self.host.resync(false).await {
                             tracing::warn!(%error, "what is stored cannot be read");
                         }
                         read = Instant::now();
                     }
+                    was_split = split;
                 }
                 () = self.stopping.cancelled() => return,
             }

@@ -184,10 +184,8 @@ table! {
     SLOT_WAIT_SHOWN: Duration = Duration::from_secs(1);
     /// How long a client may leave what it is sent unread, or unacknowledged; then its connection is closed.
     UNREAD_TIMEOUT: Duration = Duration::from_secs(30);
-    /// How often a silent client's connection is tried out.
+    /// How often a silent client's connection is tried out. One that leaves that unanswered is closed as well.
     KEEPALIVE: Duration = Duration::from_secs(15);
-    /// How often in vain until it is given up.
-    KEEPALIVE_PROBES: u32 = 3;
     /// How long a connection is kept without a request.
     IDLE_TIMEOUT: Duration = Duration::from_secs(75);
     /// How long a client may take to send the head of a request, from its first byte, or from the connection.

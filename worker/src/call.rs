@@ -63,12 +63,23 @@ pub struct Go {
     pub held: Option<oneshot::Sender<Result<(), Refusal>>>,
     /// What comes then.
     pub arguments: oneshot::Receiver<RawJson>,
+    /// The server does not start here, and may do so elsewhere.
+    pub unable: bool,
 }
 
 impl Call {
     /// Runs the call to its end. Whatever the server still does with a call that was given up is
     /// looked after by another task, which keeps the slot until then.
-    pub async fn run(self, go: Go) -> Result<RawJson, WorkerError> {
+    pub async fn run(self, mut go: Go) -> Result<RawJson, WorkerError> {
+        let ended = self.run_named(&mut go).await;
+        // Only now: a call that has a name has given it back, so that another worker can take it.
+        if let (Err(error), true, Some(held)) = (&ended, go.unable, go.held.take()) {
+            let _ = held.send(Err(Refusal::Busy { error: error.clone() }));
+        }
+        ended
+    }
+
+    async fn run_named(&self, go: &mut Go) -> Result<RawJson, WorkerError> {
         let Some(name) = &self.offer.idempotency else { return self.run_now(go).await };
         let begun = tokio::select! {
             // A name that was taken is looked at first, so that it is given back when nobody waits any more.
@@ -87,17 +98,17 @@ impl Call {
     }
 
     /// Answers with what came of the call when it was made for the first time.
-    async fn replay(&self, mut go: Go, ended: Result<RawJson, WorkerError>) -> Result<RawJson, WorkerError> {
+    async fn replay(&self, go: &mut Go, ended: Result<RawJson, WorkerError>) -> Result<RawJson, WorkerError> {
         // Whoever brings the call has to go through its steps before it takes an answer.
         if let Some(held) = go.held.take() {
             let _ = held.send(Ok(()));
         }
-        self.wait_for_arguments(&mut go).await?;
+        self.wait_for_arguments(go).await?;
         let _ = self.events.try_send(CallEvent::Replayed);
         ended
     }
 
-    async fn run_now(&self, go: Go) -> Result<RawJson, WorkerError> {
+    async fn run_now(&self, go: &mut Go) -> Result<RawJson, WorkerError> {
         let mut may_have_run = false;
         let ended = self.attempts(go, &mut may_have_run).await;
         ended.map_err(|error| match error.outcome {
@@ -107,11 +118,11 @@ impl Call {
         })
     }
 
-    async fn attempts(&self, mut go: Go, may_have_run: &mut bool) -> Result<RawJson, WorkerError> {
+    async fn attempts(&self, go: &mut Go, may_have_run: &mut bool) -> Result<RawJson, WorkerError> {
         let mut attempts = 0;
         let mut arguments = None;
         loop {
-            match self.attempt(&mut go, &mut arguments).await {
+            match self.attempt(go, &mut arguments).await {
                 Ok(result) => return Ok(result),
                 Err(Attempt::Lost(error)) => {
                     attempts += 1;
@@ -158,9 +169,7 @@ impl Call {
                 NoSlot::Retired => Attempt::Replaced,
                 NoSlot::Denied(denied) => Attempt::Failed(denied.into_error()),
                 NoSlot::Unable(error) => {
-                    if let Some(held) = go.held.take() {
-                        let _ = held.send(Err(Refusal::Busy { error: error.clone() }));
-                    }
+                    go.unable = true;
                     Attempt::Failed(error)
                 }
                 NoSlot::Error(error) => Attempt::Failed(error),

@@ -231,7 +231,7 @@ impl Inner {
 
     /// A user's tokens as stored.
     async fn read(&self, key: &Key) -> Result<Option<Arc<Tokens>>, WorkerError> {
-        let generation = self.cache.generation(key);
+        let stamp = self.cache.stamp(key);
         let stored = self.vault.oauth_tokens(&key.0, &key.1).await.map_err(not_started)?;
         let known = self.cache.get(key).and_then(remembered::Found::value);
         let tokens = stored.map(|stored| match known {
@@ -239,7 +239,7 @@ impl Inner {
             Some(known) if known.stored.revision == stored.revision => known,
             _ => Tokens::new(stored),
         });
-        self.cache.put(key, generation, tokens.clone());
+        self.cache.put(key, stamp, tokens.clone());
         Ok(tokens)
     }
 

@@ -39,6 +39,13 @@ struct Entry<V> {
     epoch: u64,
 }
 
+/// A moment, before something is read.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Stamp {
+    generation: u64,
+    epoch: u64,
+}
+
 /// What is remembered.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Found<V> {
@@ -79,16 +86,22 @@ impl<V: Clone> Remembered<V> {
     }
 
     /// To be asked before the store is, and handed to [`Remembered::put`].
-    pub fn generation(&self, key: &Key) -> u64 {
-        self.counter(key).load(Ordering::Acquire)
+    pub fn stamp(&self, key: &Key) -> Stamp {
+        let epoch = self.epoch.load(Ordering::Acquire);
+        Stamp { generation: self.counter(key).load(Ordering::Acquire), epoch }
     }
 
-    /// Remembers what was read or written, unless it may have changed since `generation`.
-    pub fn put(&self, key: &Key, generation: u64, value: V) {
-        let epoch = self.epoch.load(Ordering::Acquire);
+    /// Whether nobody has said since then that it changed.
+    pub fn is_untouched(&self, key: &Key, since: Stamp) -> bool {
+        self.counter(key).load(Ordering::Acquire) == since.generation
+    }
+
+    /// Remembers what was read or written, unless it may have changed since `stamp`. It is as certain as it was
+    /// then.
+    pub fn put(&self, key: &Key, stamp: Stamp, value: V) {
         let mut entries = self.entries();
-        if self.generation(key) == generation {
-            entries.put(key.clone(), Entry { value, epoch });
+        if self.is_untouched(key, stamp) {
+            entries.put(key.clone(), Entry { value, epoch: stamp.epoch });
         }
     }
 
@@ -164,12 +177,12 @@ mod tests {
     fn what_was_read_before_a_change_is_not_remembered() {
         let remembered = Remembered::new();
         let (alice, bob) = (key("alice", "s"), key("bob", "s"));
-        let before = remembered.generation(&alice);
+        let before = remembered.stamp(&alice);
         remembered.forget(&alice);
         remembered.put(&alice, before, 1);
         assert_eq!(remembered.get(&alice), None);
-        remembered.put(&alice, remembered.generation(&alice), 2);
-        remembered.put(&bob, remembered.generation(&bob), 3);
+        remembered.put(&alice, remembered.stamp(&alice), 2);
+        remembered.put(&bob, remembered.stamp(&bob), 3);
         assert_eq!(remembered.get(&alice), Some(Found::Certain(2)));
         remembered.forget_server(&alice.1);
         assert_eq!((remembered.get(&alice), remembered.get(&bob)), (None, None));
@@ -179,11 +192,11 @@ mod tests {
     fn doubts_are_no_reason_to_forget() {
         let remembered = Remembered::new();
         let alice = key("alice", "s");
-        remembered.put(&alice, remembered.generation(&alice), 1);
+        remembered.put(&alice, remembered.stamp(&alice), 1);
         assert!(!remembered.is_outdated());
         remembered.doubt_all();
         assert_eq!(remembered.get(&alice), Some(Found::Doubtful(1)));
-        remembered.put(&alice, remembered.generation(&alice), 1);
+        remembered.put(&alice, remembered.stamp(&alice), 1);
         assert_eq!(remembered.get(&alice), Some(Found::Certain(1)));
         let long = limits::SECRET_TRUST + Duration::from_secs(1);
         *remembered.seen.lock().unwrap() = Some(Instant::now() - long);

@@ -111,18 +111,18 @@ impl SecretCache {
     async fn sealed(&self, user: &UserId, server: &ServerName) -> Result<Arc<[SealedSecret]>, WorkerError> {
         let key = (user.clone(), server.clone());
         let usable = |sealed: &Arc<[SealedSecret]>| sealed.is_empty() || !self.remembered.is_outdated();
+        let stamp = self.remembered.stamp(&key);
         let known = self.remembered.get(&key);
         if let Some(Found::Certain(sealed)) = &known
             && usable(sealed)
         {
             return Ok(Arc::clone(sealed));
         }
-        let generation = self.remembered.generation(&key);
         let sealed: Arc<[SealedSecret]> = match self.vault.sealed_secrets(user, server).await {
             Ok(sealed) => sealed.into(),
             Err(error) => {
                 let error = WorkerError::from(error);
-                let untouched = self.remembered.generation(&key) == generation;
+                let untouched = self.remembered.is_untouched(&key, stamp);
                 match known {
                     Some(Found::Doubtful(known))
                         if error.code == ErrorCode::StoreUnavailable && untouched && usable(&known) =>
@@ -133,7 +133,7 @@ impl SecretCache {
                 }
             }
         };
-        self.remembered.put(&key, generation, Arc::clone(&sealed));
+        self.remembered.put(&key, stamp, Arc::clone(&sealed));
         Ok(sealed)
     }
 }

@@ -276,7 +276,9 @@ impl Worker {
             repeatable,
         };
         self.calls.spawn(async move {
-            end.send(CallEvent::Done(call.run(Go { held: Some(held_sender), arguments }).await));
+            end.send(CallEvent::Done(
+                call.run(Go { held: Some(held_sender), arguments, unable: false }).await,
+            ));
             drop(room);
         });
         let stream = CallStream::new(receiver, guard);

@@ -791,11 +791,12 @@ async fn who_sends_or_reads_nothing_is_let_go() {
         assert!(stream.read(&mut [0; 64]).await.unwrap() > 0);
         let open = || {
             let sockets = std::fs::read_to_string("/proc/net/tcp").unwrap();
-            let port = format!(":{:04X}", stream.local_addr().unwrap().port());
+            let port = |address: std::net::SocketAddr| format!(":{:04X}", address.port());
+            let (own, theirs) = (port(stream.local_addr().unwrap()), port(stream.peer_addr().unwrap()));
             // As the gateway sees it: the client is its remote address. 01: established.
             sockets.lines().any(|line| {
-                let mut words = line.split_whitespace().skip(2);
-                words.next().is_some_and(|remote| remote.ends_with(&port)) && words.next() == Some("01")
+                let words: Vec<_> = line.split_whitespace().collect();
+                matches!(words[..], [_, local, remote, "01", ..] if local.ends_with(&theirs) && remote.ends_with(&own))
             })
         };
         assert!(open());

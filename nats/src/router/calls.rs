@@ -166,6 +166,7 @@ impl Inner {
     fn apply(self: &Arc<Self>, call: &Arc<Call>, state: &mut State, mut turn: Turn, post: &mut Vec<Post>) {
         loop {
             if let Some((worker, attempt)) = turn.withdraw.take() {
+                self.cancelled.note(self.bus.now(), &worker, attempt);
                 post.push(Post::Cancel { worker, attempt });
             }
             match std::mem::replace(&mut turn.step, Step::Stay) {
@@ -184,6 +185,7 @@ impl Inner {
                     state.expands = choice.expands;
                     state.heard = now;
                     state.assembly = Assembly::default();
+                    (state.room, state.room_asked) = (None, false);
                     lock(&self.attempts).insert(attempt, Arc::clone(call));
                     let spent = state.caller.spent(now);
                     post.push(Post::Offer { worker: choice.worker, attempt, placing: choice.placing, spent });

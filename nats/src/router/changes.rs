@@ -18,6 +18,8 @@ const ACKNOWLEDGED_WITHIN: Duration = Duration::from_millis(1_100);
 /// A worker that is cut off from this node by a split of the NATS servers has noticed it after this time, and read
 /// what is stored.
 const NOTICED_WITHIN: Duration = Duration::from_secs(6);
+/// How often it is asked meanwhile.
+const ASKED_AGAIN: Duration = Duration::from_millis(300);
 /// How long the server may take to take in what this node sends.
 const SETTLED_WITHIN: Duration = Duration::from_secs(3);
 
@@ -25,9 +27,6 @@ const SETTLED_WITHIN: Duration = Duration::from_secs(3);
 enum Told {
     /// It has taken the change in, or is gone.
     Done,
-    /// It is gone, or on the other side of NATS servers that lost each other: then it notices in this time that it
-    /// misses somebody, and reads what is stored.
-    Missing(Duration),
     /// It said nothing in time.
     Silent,
 }
@@ -60,13 +59,6 @@ impl Inner {
             tracing::debug!(error.cause = %error, "an event was not sent");
         }
         let told = told.into_iter().collect::<Result<Vec<_>, _>>()?;
-        let missing = told.iter().filter_map(|told| match told {
-            Told::Missing(time) => Some(*time),
-            Told::Done | Told::Silent => None,
-        });
-        if let Some(time) = missing.max() {
-            sleep(time).await;
-        }
         if told.iter().any(|told| matches!(told, Told::Silent)) {
             let settled = settled.ok_or_else(bus_unavailable)?;
             sleep_until(settled + ACKNOWLEDGED_WITHIN).await;
@@ -80,24 +72,37 @@ impl Inner {
         ask: &Ask,
         manners: &Manners,
     ) -> Result<Told, WorkerError> {
-        match self.question(worker, ask, manners).await {
-            Ok(_) => Ok(Told::Done),
-            Err(Unanswered::Failed(error)) => Err(error),
+        let (told, silence) = match self.question(worker, ask, manners).await {
+            Ok(_) => return Ok(Told::Done),
+            Err(Unanswered::Failed(error)) => return Err(error),
             Err(Unanswered::Gone) => {
                 // Whoever has no subscription hears nothing else either, and reads everything again
                 // before it starts anything.
                 let silence = self.fleet().silence(self.bus.now(), worker);
                 self.fleet_mut().silent(worker);
-                let left = NOTICED_WITHIN.saturating_sub(silence.unwrap_or(NOTICED_WITHIN));
-                if self.bus.is_clustered() && !left.is_zero() {
-                    return Ok(Told::Missing(left));
-                }
-                Ok(Told::Done)
+                (Told::Done, silence)
             }
             Err(Unanswered::Silent) => {
                 tracing::warn!(%worker, "a worker did not acknowledge a change in time");
-                Ok(Told::Silent)
+                (Told::Silent, self.fleet().silence(self.bus.now(), worker))
+            }
+        };
+        if !self.bus.is_clustered() {
+            return Ok(told);
+        }
+        // Or NATS servers have lost each other, and it is at work on the other side. It is asked until it has had
+        // time to notice that it misses somebody, and to read what is stored: for less than that it need not have
+        // noticed anything.
+        let left = NOTICED_WITHIN.saturating_sub(silence.unwrap_or(NOTICED_WITHIN));
+        let end = Instant::now() + left;
+        while Instant::now() < end {
+            sleep(ASKED_AGAIN).await;
+            match self.question(worker, ask, manners).await {
+                Ok(_) => return Ok(Told::Done),
+                Err(Unanswered::Failed(error)) => return Err(error),
+                Err(Unanswered::Gone | Unanswered::Silent) => {}
             }
         }
+        Ok(told)
     }
 }

@@ -36,7 +36,7 @@ const REPEATED: usize = 4_096;
 pub(super) struct Cancelled(Mutex<VecDeque<(Now, WorkerId, CallId)>>);
 
 impl Cancelled {
-    fn note(&self, now: Now, worker: &WorkerId, attempt: CallId) {
+    pub(super) fn note(&self, now: Now, worker: &WorkerId, attempt: CallId) {
         let mut latest = lock(&self.0);
         if latest.len() == REPEATED {
             latest.pop_front();
@@ -62,7 +62,7 @@ impl Inner {
         self.send_later(async move {
             for (worker, attempt) in cancelled {
                 if inner.tell(&worker, attempt, &ToWorker::Cancel, &[]).await.is_err() {
-                    return;
+                    inner.cancelled.note(inner.bus.now(), &worker, attempt);
                 }
             }
         });
@@ -111,10 +111,7 @@ impl Inner {
                         Ok(())
                     }
                 }
-                Post::Cancel { worker, attempt } => {
-                    self.cancelled.note(self.bus.now(), &worker, attempt);
-                    self.tell(&worker, attempt, &ToWorker::Cancel, &[]).await
-                }
+                Post::Cancel { worker, attempt } => self.tell(&worker, attempt, &ToWorker::Cancel, &[]).await,
                 Post::Credit { worker, attempt, frames } => {
                     self.tell(&worker, attempt, &ToWorker::Credit(frames), &[]).await
                 }

@@ -80,6 +80,7 @@ impl Inner {
             }
             if self.bus.gaps() != gaps {
                 gaps = self.bus.gaps();
+                self.cancel_again();
                 self.unsettled_until.store(crate::wire::millis(now + SETTLING), Ordering::Release);
                 self.fleet_mut().excuse(now);
             }

@@ -69,10 +69,14 @@ impl Inner {
             () = cancelled.cancelled() => {}
             ending = AssertUnwindSafe(self.run(call)).catch_unwind() => match flat(ending) {
                 Ok(Some(ending)) => {
-                    let wanted = self.table().desk.ended(self.bus.now(), id, &ending);
+                    let (wanted, refused) = {
+                        let mut table = self.table();
+                        let wanted = table.desk.ended(self.bus.now(), id, &ending);
+                        (wanted, !wanted && table.desk.refused(id))
+                    };
                     if wanted {
                         self.end(id, &reply, ending).await;
-                    } else if self.table().desk.refused(id) {
+                    } else if refused {
                         // It never came to a start.
                         let error = WorkerError::new(ErrorCode::Internal, "Internal error");
                         self.say(&reply, &ToRouter::Refuse(Refusal::Error { error })).await;

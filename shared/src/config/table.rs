@@ -68,7 +68,8 @@ pub const VARIABLES: &[Variable] = &[
         "30",
         Group::Http,
         Since::Now,
-        "How long calls in flight have to finish when the program stops; from 1 to 600.",
+        "How long calls in flight have to finish when the program stops; from 1 to 600. Whoever ends programs by force \
+         has to wait for longer than this and SHUTDOWN_NOTICE_SECONDS together.",
     ),
     plain(
         "SHUTDOWN_NOTICE_SECONDS",
@@ -100,7 +101,8 @@ pub const VARIABLES: &[Variable] = &[
         Group::Limits,
         Since::Now,
         "Calls in flight of one user; further ones are answered with 429 rate_limited. Each gateway counts the calls that \
-         it is sent, and each worker those of services on NATS that it answers. none: no limit.",
+         it is sent, and each worker those of services on NATS that it answers. A call with an Idempotency-Key goes on \
+         when its caller has left, and is not counted from then on. none: no limit.",
     ),
     plain(
         "USER_MAX_RATE",

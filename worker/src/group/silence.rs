@@ -11,8 +11,9 @@
 //! * it has been silent for as long as a call of this server may take if its caller asks for nothing else: what
 //!   nobody waits for any more may still hold up what came after it, and come to an end.
 //!
-//! Calls that came later lose nothing that they could have had: a process that is stuck behind all this would let
-//! them run into their deadlines.
+//! Calls that came later end with it. Nearly all of them would have run into their deadlines behind all this; one
+//! that its server had taken up in the meantime, without a word about anything else, is lost, and its caller told
+//! that nobody knows what became of it.
 
 use std::{future::pending, sync::Arc};
 

@@ -248,11 +248,11 @@ impl Inner {
     async fn keep(&self, key: &Key, claimed: Versioned<OAuthTokens>, new: OAuthTokens) -> Refreshed {
         let mut expected = claimed.revision;
         for _ in 0..ATTEMPTS {
-            let generation = self.cache.generation(key);
+            let stamp = self.cache.stamp(key);
             match self.vault.put_oauth_tokens(&new, Some(expected)).await {
                 Ok(revision) => {
                     let tokens = Tokens::new(Versioned { revision, value: new });
-                    self.cache.put(key, generation, Some(Arc::clone(&tokens)));
+                    self.cache.put(key, stamp, Some(Arc::clone(&tokens)));
                     return Ok(tokens);
                 }
                 Err(error) if is_overtaken(&error) => match self.read(key).await {
@@ -272,9 +272,9 @@ impl Inner {
             }
         }
         tracing::error!(server = %key.1, "new tokens could not be stored; the user will have to log in again");
-        let generation = self.cache.generation(key);
+        let stamp = self.cache.stamp(key);
         let tokens = Tokens::new(Versioned { revision: expected, value: new });
-        self.cache.put(key, generation, Some(Arc::clone(&tokens)));
+        self.cache.put(key, stamp, Some(Arc::clone(&tokens)));
         Ok(tokens)
     }
 
@@ -292,12 +292,12 @@ impl Inner {
         released.refused.clone_from(&refused);
         let mut expected = claimed.revision;
         for _ in 0..3 {
-            let generation = self.cache.generation(key);
+            let stamp = self.cache.stamp(key);
             match self.vault.put_oauth_tokens(&released, Some(expected)).await {
                 Ok(revision) => {
                     let tokens = Tokens::new(Versioned { revision, value: released });
                     tokens.pause(if tokens.lives() { PAUSE } else { SHORT_PAUSE }, error.clone());
-                    self.cache.put(key, generation, Some(tokens));
+                    self.cache.put(key, stamp, Some(tokens));
                     return;
                 }
                 Err(error) if is_overtaken(&error) && refused.is_some() => match self.read(key).await {

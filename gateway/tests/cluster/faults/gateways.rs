@@ -119,9 +119,9 @@ async fn a_gateway_that_was_frozen_starts_nothing_late() {
     let stage = Stage::start(2, 1, 0).await;
     stage.add("s", json!({"concurrency": 1})).await;
     let record = |id: &str| json!({"path": stage.executed(), "id": id});
-    let first = calling(&stage, 1, "sleep", &json!({"ms": 5_000}));
-    let deadline = Duration::from_secs(7);
-    let impatient = calling(&stage, 0, "record", &record("impatient")).header("X-Request-Timeout-Ms", 7_000);
+    let first = calling(&stage, 1, "sleep", &json!({"ms": 12_000}));
+    let deadline = Duration::from_secs(14);
+    let impatient = calling(&stage, 0, "record", &record("impatient")).header("X-Request-Timeout-Ms", 14_000);
     let patient = calling(&stage, 0, "record", &record("patient")).header("X-Request-Timeout-Ms", 40_000);
     let (first, impatient, patient, ()) = tokio::join!(
         stage.send(first),
@@ -143,7 +143,7 @@ async fn a_gateway_that_was_frozen_starts_nothing_late() {
             stage.gateways[0].thaw();
         }
     );
-    assert_eq!(first.unwrap().tool_text(), "slept 5000");
+    assert_eq!(first.unwrap().tool_text(), "slept 12000");
     let impatient = impatient.unwrap().fails(504, "deadline_exceeded");
     assert_eq!(impatient.json()["outcome"], "not_started");
     assert_eq!(patient.unwrap().tool_text(), "recorded");

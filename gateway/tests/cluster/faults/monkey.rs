@@ -114,6 +114,11 @@ impl Monkey {
         self.done.iter().map(|(what, times)| format!("{times:>7}  {what}\n")).collect()
     }
 
+    /// Whether something was done.
+    pub fn has_done(&self, what: &str) -> bool {
+        self.done.contains_key(what)
+    }
+
     /// One or two faults at once, then whoever is lost is replaced, then a rest.
     pub async fn round(&mut self, stage: &Stage) {
         let mut faults = vec![Fault::draw(&mut self.rng, stage)];

@@ -107,14 +107,14 @@ impl Seat {
         self.base.read().unwrap().clone()
     }
 
-    /// Takes the node away, alive. `fatal` harm ends what it was doing.
+    /// Takes the node away, alive, to be stopped in order: that harms nobody.
     pub fn leave(&self) -> Option<Node> {
-        self.harmed(true);
         self.node.lock().unwrap().take()
     }
 
     /// Kills the node.
     pub fn kill(&self) {
+        self.harmed(true);
         drop(self.leave());
     }
 
@@ -190,8 +190,8 @@ impl Stage {
             data: Data::new(),
             nats: Arc::new(Mutex::new(nats)),
             mongo: Arc::new(Mutex::new(mongo)),
-            // Gateways close connections that say nothing for ten seconds, and one that was frozen does so at
-            // once when it wakes: whoever keeps connections for longer loses requests.
+            // A gateway that was frozen closes connections at once when it wakes that were quiet for too long:
+            // whoever keeps connections for longer loses requests.
             client: reqwest::Client::builder().pool_idle_timeout(Duration::from_secs(2)).build().unwrap(),
         };
         let nodes = stage.gateways.iter().chain(&stage.workers[..workers]);
