@@ -167,24 +167,28 @@ async fn cut_off_a_gateway(silently: bool) {
                 link.cut()
             }
             let cut = Instant::now();
-            eventually("calls are refused", async || {
+            // One that was taken in before the loss was noticed waits for the bus, and for nothing else.
+            let refused = eventually("calls are refused", async || {
                 let answer = stage.call(0, "default", "s", "echo", json!({"text": "hi"})).await;
                 if answer.status != 200 {
                     assert_eq!(answer.json()["outcome"], "not_started", "{}", answer.text);
                 }
                 answer.status != 200 && answer.code() == "bus_unavailable"
-            })
-            .await;
+            });
+            // The other one has lost nothing; the server is told that nobody waits for the call.
+            let given_up = async {
+                eventually("the call is cancelled", async || cancelled(&stage, 1).await == 1).await;
+                assert!(cut.elapsed() < GIVEN_UP + GRACE, "it took {:?}", cut.elapsed());
+                Instant::now()
+            };
+            let ((), given_up) = tokio::join!(refused, given_up);
             let asked = Instant::now();
             let answer = stage.call(0, "default", "s", "echo", json!({"text": "hi"})).await;
             let answer = answer.fails(503, "bus_unavailable");
             assert!(asked.elapsed() < Duration::from_secs(1), "it took {:?}", asked.elapsed());
             assert!(answer.headers.contains_key("retry-after"));
             stage.get(0, "/readyz").await.fails(503, "bus_unavailable");
-            // The other one has lost nothing; the server is told that nobody waits for the call.
-            eventually("the call is cancelled", async || cancelled(&stage, 1).await == 1).await;
-            assert!(cut.elapsed() < GIVEN_UP + GRACE, "it took {:?}", cut.elapsed());
-            (Instant::now(), cut)
+            (given_up, cut)
         });
     let (running, ended) = running;
     assert_eq!(running.fails(502, "worker_lost").json()["outcome"], "unknown");
