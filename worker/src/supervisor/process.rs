@@ -21,7 +21,7 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::{
         resource::{Resource, getrlimit, setrlimit},
-        signal::{SigSet, Signal, kill, killpg},
+        signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, kill, killpg, sigaction},
         socket::{ControlMessageOwned, MsgFlags, recvmsg},
         wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid},
     },
@@ -197,10 +197,10 @@ impl Supervised {
         let restrictions = Restrictions::of(std::process::id(), id);
         // SAFETY: the closures run between fork and exec, and make a few system calls; this process has
         // no other thread that could have left anything half done. Should this process be killed, its
-        // direct children go with it. And a child must not inherit the signals that are blocked here:
-        // one that starts processes itself would never hear of their end.
+        // direct children go with it. And a child must not inherit the signals that are blocked or ignored
+        // here: one that starts processes itself would never hear of their end.
         unsafe {
-            command.pre_exec(die_with_parent).pre_exec(unblock_signals);
+            command.pre_exec(die_with_parent).pre_exec(reset_signals);
             command.pre_exec(move || restrictions.apply());
         }
         let child = command.spawn()?;
@@ -349,7 +349,13 @@ fn mark(pid: Pid) -> Option<String> {
     })
 }
 
-fn unblock_signals() -> io::Result<()> {
+/// Undoes what this process was started with, or did, about signals. (`nohup` has SIGHUP ignored, for one.)
+fn reset_signals() -> io::Result<()> {
+    let usual = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
+    for signal in Signal::iterator().filter(|signal| !matches!(signal, Signal::SIGKILL | Signal::SIGSTOP)) {
+        // SAFETY: no handler is put in place, and this process is about to become another program.
+        unsafe { sigaction(signal, &usual) }?;
+    }
     SigSet::empty().thread_set_mask().map_err(io::Error::from)
 }
 
