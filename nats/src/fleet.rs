@@ -204,6 +204,11 @@ impl FleetView {
         self.ranked(now, &key(server, None), |_| true)
     }
 
+    /// Whether every user has a process of their own there.
+    pub fn is_per_user(&self, now: Now, server: &ServerName) -> bool {
+        self.live_nodes(now).any(|node| node.report.per_user.contains(server))
+    }
+
     /// Chooses the worker for a call. `draw` gives a number below its argument.
     pub fn choose(
         &self,
@@ -223,7 +228,7 @@ impl FleetView {
         }
         // The lease names somebody who does not answer: as good as lost.
         let take_over = wish.lost_owner.is_some() || wish.owner.is_some();
-        let per_user = live.iter().any(|node| node.report.per_user.contains(server));
+        let per_user = self.is_per_user(now, server);
         let mut owners: Vec<(&Node, &Owned)> = Vec::new();
         if !per_user && !take_over {
             for node in &live {

@@ -28,7 +28,7 @@ use mcp_shared::{
 use tokio::sync::{Notify, Semaphore, mpsc, oneshot, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use self::{calls::Call, posts::Cancelled, questions::Heard};
+use self::{calls::Call, crowds::Crowds, posts::Cancelled, questions::Heard};
 use crate::{
     bus::Bus,
     caller::{Now, bus_unavailable, no_worker},
@@ -40,6 +40,7 @@ use crate::{
 mod beats;
 mod calls;
 mod changes;
+mod crowds;
 mod posts;
 mod questions;
 mod replies;
@@ -93,6 +94,8 @@ struct Inner {
     done: Mutex<HashMap<WorkerId, Vec<CallId>>>,
     /// Servers for which another worker was asked to run them as well, and until when that counts.
     expanding: Mutex<HashMap<ServerName, Now>>,
+    /// Servers that no worker had room for a moment ago.
+    crowds: Crowds,
     ids: Ids,
     errands: mpsc::Sender<Errand>,
     bodies: Arc<Semaphore>,
@@ -144,6 +147,7 @@ impl Router {
             cancelled: Cancelled::default(),
             done: Mutex::default(),
             expanding: Mutex::default(),
+            crowds: Crowds::default(),
             ids: Ids::new(),
             errands,
             bodies: Arc::new(Semaphore::new(BODIES_KIB)),

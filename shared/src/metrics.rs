@@ -45,6 +45,7 @@ limits! {
     UserRate = "user_rate", "Calls per second of one user (`USER_MAX_RATE`).";
     WorkerCalls = "worker_calls", "Calls that one worker looks after (`WORKER_MAX_CALLS`).";
     ServerQueue = "server_queue", "Calls that wait for a free slot of one server (`SERVER_QUEUE`).";
+    Crowd = "crowd", "Calls that a gateway refused by itself: workers refused many of their server within a second, one of them less than 50 ms ago.";
     ServiceCalls = "service_calls", "Calls of services on NATS that one worker sees to.";
 }
 

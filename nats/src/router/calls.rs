@@ -6,9 +6,10 @@ use bytes::Bytes;
 use mcp_shared::{
     error::{ErrorCode, Outcome, WorkerError},
     hosting::Refusal,
-    ids::WorkerId,
+    ids::{ServerName, UserId, WorkerId},
     json::RawJson,
-    limits, metrics,
+    limits,
+    metrics::{self, Limit},
     worker_api::{CallContext, CallEvent, ToolCall},
 };
 use tokio::sync::{
@@ -108,6 +109,14 @@ impl Inner {
         admitted: Option<oneshot::Sender<Result<(), WorkerError>>>,
     ) -> Result<Guard, WorkerError> {
         let now = self.bus.now();
+        // A call that has a name may have been made before, and then needs no room.
+        if self.crowds.any()
+            && request.idempotency.is_none()
+            && let Some(told) = self.crowds.told(now, &self.crowd(&request, &context, now))
+        {
+            metrics::count_refusal(Limit::Crowd);
+            return Err(told);
+        }
         let end = events
             .clone()
             .try_reserve_owned()
@@ -197,6 +206,10 @@ impl Inner {
                     post.push(Post::Go { worker, attempt });
                 }
                 Step::End(error) => {
+                    if error.code == ErrorCode::Overloaded {
+                        let now = self.bus.now();
+                        self.crowds.note(now, self.crowd(&call.request, &call.context, now), &error);
+                    }
                     // Whoever calls with progress learns of a refusal before the stream begins.
                     match state.admitted.take() {
                         Some(admitted) => {
@@ -228,6 +241,12 @@ impl Inner {
             lock(&self.attempts).remove(&attempt);
         }
         state.underway = None;
+    }
+
+    /// With whom a call would wait.
+    fn crowd(&self, request: &ToolCall, context: &CallContext, now: Now) -> (ServerName, Option<UserId>) {
+        let own = self.fleet().is_per_user(now, &request.server);
+        (request.server.clone(), own.then(|| context.user.clone()))
     }
 
     fn choose(&self, call: &Call, state: &State, now: Now) -> Option<Choice> {
