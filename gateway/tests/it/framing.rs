@@ -191,6 +191,8 @@ async fn a_line_without_end_costs_the_process_its_life() {
     let api = Deployment::start().await;
     api.add_fixture("endless", &["--more", "--linger"], json!({})).await;
     let pid = api.pids("endless").await[0];
+    // From here on nothing has to be read before a call goes to its server.
+    others_are_served(&api, "endless").await;
     let (other, answer) = tokio::join!(api.call("endless", "sleep", json!({"ms": 50_000})), async {
         eventually("the other call is in flight", async || {
             api.server("endless").await["instances"][0]["inFlight"] == 1

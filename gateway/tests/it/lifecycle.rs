@@ -112,6 +112,8 @@ async fn a_crash_ends_its_calls_at_once_and_only_them() {
     api.add_fixture("crashes", &["--more"], json!({})).await;
     api.add_fixture("other", &[], json!({})).await;
     let first = api.pids("crashes").await;
+    // From here on nothing has to be read before a call goes to its server.
+    echoes(&api, "crashes").await;
     let start = Instant::now();
     let (sleeping, crashing, other) = tokio::join!(
         api.call("crashes", "sleep", json!({"ms": 50_000})),
