@@ -93,8 +93,11 @@ table! {
     /// For how long after the store of a fleet last answered what is remembered of secrets may be used. (That
     /// somebody has none may be used for longer: whoever sets one has to reach every worker.)
     SECRET_TRUST: Duration = Duration::from_secs(60);
-    /// How long a store operation may take.
+    /// How long an operation of MongoDB may take.
     STORE_TIMEOUT: Duration = Duration::from_secs(5);
+    /// How long one of the embedded store may take. A disk that is busy is waited for: there is no other store to go
+    /// to, and whether a write that was given up took effect nobody knows.
+    DISK_TIMEOUT: Duration = Duration::from_secs(20);
     /// Store operations that may wait.
     STORE_QUEUE: usize = 1_024;
     /// Connections to MongoDB of one node.

@@ -106,7 +106,7 @@ impl EmbeddedStore {
     /// Opens the store in `data_dir`; both are made if they do not exist. It blocks while it recovers
     /// what a crash left behind and checks the file.
     pub fn open(data_dir: &Path) -> Result<Arc<Self>, OpenError> {
-        Self::open_with(data_dir, limits::STORE_TIMEOUT)
+        Self::open_with(data_dir, limits::DISK_TIMEOUT)
     }
 
     fn open_with(data_dir: &Path, timeout: Duration) -> Result<Arc<Self>, OpenError> {

@@ -103,7 +103,7 @@ impl NatsServer {
             folder.display(),
             self.config
         );
-        fs::write(&file, config).expect("the target folder can be written");
+        fs::write(&file, config).expect("the folder of the servers can be written");
         let mut command = Command::new(nats_binary());
         command.arg("-c").arg(file).envs(self.environment.iter().map(|(name, value)| (name, value)));
         self.process.launch(command);
@@ -290,7 +290,7 @@ impl Process {
 
     fn launch(&mut self, mut command: Command) {
         let log = OpenOptions::new().create(true).append(true).open(self.folder.log());
-        let log = log.expect("the target folder can be written");
+        let log = log.expect("the folder of the servers can be written");
         let again = log.try_clone().expect("a file can be opened twice");
         command.stdin(Stdio::null()).stdout(log).stderr(again);
         let child = spawn(command).unwrap_or_else(|error| panic!("a test server was not started: {error}"));
@@ -408,17 +408,19 @@ impl RunFolder {
     fn new(kind: &str) -> Self {
         static NUMBER: AtomicU64 = AtomicU64::new(0);
         static SWEEP: OnceLock<()> = OnceLock::new();
-        let parent = tools::target_folder().join("test-servers").join("run");
-        fs::create_dir_all(&parent).expect("the target folder can be written");
+        // Whoever says where temporary files belong may mean a faster disk than that of the target folder.
+        let temporary = std::env::var_os("TMPDIR").map(PathBuf::from);
+        let parent = temporary.unwrap_or_else(|| tools::target_folder().join("test-servers")).join("run");
+        fs::create_dir_all(&parent).expect("the folder of the servers can be written");
         // Between making a folder and locking it, another process could take it for an old one.
-        let gate = File::create(parent.join("gate.lock")).expect("the target folder can be written");
-        gate.lock().expect("files in the target folder can be locked");
+        let gate = File::create(parent.join("gate.lock")).expect("the folder of the servers can be written");
+        gate.lock().expect("files there can be locked");
         SWEEP.get_or_init(|| sweep(&parent));
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let path = parent.join(format!("{kind}-{}-{number}", std::process::id()));
-        fs::create_dir(&path).expect("the target folder can be written");
-        let lock = File::create(path.join("lock")).expect("the target folder can be written");
-        lock.lock().expect("files in the target folder can be locked");
+        fs::create_dir(&path).expect("the folder of the servers can be written");
+        let lock = File::create(path.join("lock")).expect("the folder of the servers can be written");
+        lock.lock().expect("files there can be locked");
         Self { path, _lock: lock }
     }
 
