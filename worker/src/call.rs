@@ -139,7 +139,7 @@ impl Call {
                     attempts += 1;
                     if attempts == ATTEMPTS {
                         if current(&self.entry.record).is_remote() {
-                            return Err(self.lost().outcome(Outcome::NotStarted));
+                            return Err(self.unreachable());
                         }
                         return Err(self.crashed(Outcome::NotStarted));
                     }
@@ -345,6 +345,11 @@ impl Call {
         let text =
             format!("The connection to server {} was lost while the call was in flight", self.entry.name);
         self.named(WorkerError::new(ErrorCode::UpstreamLost, text)).outcome(Outcome::Unknown)
+    }
+
+    fn unreachable(&self) -> WorkerError {
+        let text = format!("The connection to server {} ends before calls are sent", self.entry.name);
+        self.named(WorkerError::new(ErrorCode::UpstreamUnavailable, text)).outcome(Outcome::NotStarted)
     }
 
     fn malformed(&self, outcome: Outcome) -> WorkerError {

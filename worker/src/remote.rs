@@ -233,12 +233,21 @@ fn is_about_session(refusal: &Refusal) -> bool {
 
 /// What a caller is told of a server that cannot be connected to.
 fn explain(target: &Target<'_>, refusal: Refusal) -> WorkerError {
+    let name = &target.record.name;
     if let Some(Failure::Upstream(upstream)) = refusal.failure {
-        return upstream.error.outcome(Outcome::NotStarted);
+        let error = match upstream.error.code {
+            // No call was in flight yet.
+            ErrorCode::UpstreamLost => WorkerError {
+                code: ErrorCode::UpstreamUnavailable,
+                message: format!("The connection to server {name} was lost while it was made"),
+                ..upstream.error
+            },
+            _ => upstream.error,
+        };
+        return error.outcome(Outcome::NotStarted);
     }
     // It may repeat the server's own words.
     let text = target.log.redactor().quote(refusal.text);
-    let name = &target.record.name;
     WorkerError::new(ErrorCode::ServerUnavailable, format!("Server {name} is not available: {text}"))
         .with("serverName", name.as_str())
         .outcome(Outcome::NotStarted)
