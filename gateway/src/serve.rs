@@ -91,6 +91,10 @@ pub async fn serve(
         if closed.is_cancelled() && closing.get_or_insert_with(Instant::now).elapsed() >= LATECOMERS {
             break;
         }
+        burst += 1;
+        if burst % BURST == 0 {
+            yield_now().await;
+        }
         let stream = match accepted {
             Ok((stream, _)) => stream,
             Err(error) => {
@@ -105,10 +109,6 @@ pub async fn serve(
         let Ok(permit) = Arc::clone(&room).try_acquire_owned() else { continue };
         tune(&stream);
         newest = Some(Instant::now());
-        burst += 1;
-        if burst % BURST == 0 {
-            yield_now().await;
-        }
         let (api, leaving, serving) = (api.clone(), leaving.clone(), Serving::default());
         let stream = Paced::new(stream, serving.clone());
         let service = TowerToHyperService::new(service_fn(move |request: http::Request<Incoming>| {

@@ -410,7 +410,10 @@ impl RunFolder {
         static SWEEP: OnceLock<()> = OnceLock::new();
         // Whoever says where temporary files belong may mean a faster disk than that of the target folder.
         let temporary = std::env::var_os("TMPDIR").map(PathBuf::from);
-        let parent = temporary.unwrap_or_else(|| tools::target_folder().join("test-servers")).join("run");
+        let parent = match temporary {
+            Some(folder) => folder.join("mcp-api-test-servers"),
+            None => tools::target_folder().join("test-servers").join("run"),
+        };
         fs::create_dir_all(&parent).expect("the folder of the servers can be written");
         // Between making a folder and locking it, another process could take it for an old one.
         let gate = File::create(parent.join("gate.lock")).expect("the folder of the servers can be written");
