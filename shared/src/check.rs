@@ -5,7 +5,7 @@ use std::{io::Write, path::Path, process::ExitCode};
 
 use crate::{
     config::{ListenHost, Settings, StoreSettings},
-    crypter::{KeyMaterial, KeyRing, WeakKeys},
+    crypter::{KeyMaterial, KeyRing, RingText, WeakKeys},
     fleet::{NodeReport, Role},
     ids::WorkerId,
     lifecycle::{EX_CONFIG, address, explain},
@@ -125,7 +125,7 @@ async fn inspected(
                 Ok(servers) => Ok(format!("{description} opens, {} servers", servers.len())),
                 Err(error) => Err(format!("{description}: {error}")),
             };
-            let kids: Vec<_> = vault.crypter().ring().kids().map(str::to_owned).collect();
+            let kids = vault.kids();
             let whose = if settings.bus.is_some() { "agrees with the fleet's" } else { "fits the data" };
             (store, Some(Ok(format!("{whose} (key ids: {})", kids.join(", ")))))
         }
@@ -135,7 +135,7 @@ async fn inspected(
 }
 
 fn key_without_store(settings: &Settings) -> Result<String, String> {
-    if let Some(key) = &settings.secrets_key {
+    if let (Some(key), None) = (&settings.secrets_key, &settings.secrets_keys_file) {
         return match KeyMaterial::from_text(key, WeakKeys::Refuse) {
             Ok(_) => Ok("SECRETS_KEY is strong enough".to_owned()),
             Err(error) => Err(format!("SECRETS_KEY: {error}")),
@@ -144,8 +144,12 @@ fn key_without_store(settings: &Settings) -> Result<String, String> {
     if let Some(path) = &settings.secrets_keys_file {
         let contents =
             std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
-        let ring = KeyRing::from_file(&contents.into()).map_err(|error| error.to_string())?;
-        return Ok(format!("{} has {} keys", path.display(), ring.kids().count()));
+        let ring = RingText::new(contents.into());
+        // Without the store nothing is known of the key of SECRETS_KEY but that it is there.
+        if settings.secrets_key.is_none() {
+            KeyRing::from_file(ring.contents()).map_err(|error| error.to_string())?;
+        }
+        return Ok(format!("{} has {} keys", path.display(), ring.kids().len()));
     }
     let path = settings.data_dir.join(node::KEY_FILE);
     if path.exists() {

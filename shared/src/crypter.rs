@@ -21,9 +21,11 @@ use zeroize::Zeroizing;
 use crate::limits::SECRET_BYTES;
 
 mod keys;
+mod ring_text;
 
 use keys::{KEY_BYTES, Key, is_kid};
 pub use keys::{KeyError, KeyMaterial, KeyRing, Passphrase, Salt, TEXT_KID, WeakKeys, generate_key_line};
+pub use ring_text::RingText;
 
 /// What every sealed value begins with. Values of mcp-api are hexadecimal and cannot have it.
 const PREFIX: &str = "$mg1$";
@@ -70,6 +72,8 @@ pub enum CryptoErrorKind {
     TagMismatch,
     /// The value has mcp-api's format, which is not accepted any more.
     LegacyOff,
+    /// The document that has the value stands under another key than the names in it give.
+    Misplaced,
     /// The value is larger than a secret may be.
     TooLarge,
     /// The operating system gave no random bytes, or the cipher refused to work.
@@ -77,6 +81,18 @@ pub enum CryptoErrorKind {
 }
 
 impl CryptoErrorKind {
+    /// All of them.
+    pub const ALL: [Self; 8] = [
+        Self::Format,
+        Self::UnknownKid,
+        Self::CommitMismatch,
+        Self::TagMismatch,
+        Self::LegacyOff,
+        Self::Misplaced,
+        Self::TooLarge,
+        Self::Internal,
+    ];
+
     /// The kind as a label of a metric.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -85,6 +101,7 @@ impl CryptoErrorKind {
             Self::CommitMismatch => "commit_mismatch",
             Self::TagMismatch => "tag_mismatch",
             Self::LegacyOff => "legacy_off",
+            Self::Misplaced => "misplaced",
             Self::TooLarge => "too_large",
             Self::Internal => "internal",
         }
@@ -143,6 +160,12 @@ fn push_prefixed(out: &mut Vec<u8>, part: &str) -> Result<(), CryptoError> {
 /// Whether a text claims to be a sealed value of ours. It may still be damaged.
 pub fn is_sealed(text: &str) -> bool {
     text.starts_with(PREFIX)
+}
+
+/// The id of the key that a sealed value names; `None` for any other text.
+pub fn kid_of(text: &str) -> Option<&str> {
+    let (kid, _) = text.strip_prefix(PREFIX)?.split_once('$')?;
+    is_kid(kid).then_some(kid)
 }
 
 /// Whether a text has exactly the format of mcp-api's encrypted values.
@@ -221,6 +244,18 @@ impl Crypter {
             return Err(CryptoErrorKind::LegacyOff.into());
         }
         self.open_legacy(&parts)
+    }
+
+    /// As [`Crypter::seal`], and always in our own format: for what must be bound to its place, and what
+    /// mcp-api does not have.
+    pub fn seal_bound(&self, place: &Place<'_>, value: &SecretString) -> Result<String, CryptoError> {
+        self.seal_with(place, value, random()?, random()?)
+    }
+
+    /// Opens what [`Crypter::seal_bound`] made, and nothing else.
+    pub fn open_bound(&self, place: &Place<'_>, text: &str) -> Result<SecretString, CryptoError> {
+        let rest = text.strip_prefix(PREFIX).ok_or(CryptoErrorKind::Format)?;
+        self.open_sealed(place, rest)
     }
 
     fn seal_with(

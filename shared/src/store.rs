@@ -62,6 +62,23 @@ impl std::fmt::Debug for SealedSecret {
     }
 }
 
+/// A stored secret as far as encryption is concerned, whatever else is known of it.
+#[derive(Clone, PartialEq, Eq)]
+pub struct SecretRow {
+    /// Whose.
+    pub username: String,
+    /// The key, which names server and secret.
+    pub key: String,
+    /// The encrypted value; empty where what is stored is none.
+    pub value: String,
+}
+
+impl std::fmt::Debug for SecretRow {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SecretRow").field("username", &self.username).field("key", &self.key).finish()
+    }
+}
+
 /// The tools that a server listed, kept so that they can be shown while it does not run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoredTools {
@@ -130,11 +147,15 @@ pub enum Collection {
     OAuthLogins,
     /// What came of calls that their callers named (`idem`).
     NamedCalls,
+    /// Who may use the API (`apiKeys`).
+    ApiKeys,
+    /// What servers' tools were when they were first seen (`toolPins`).
+    ToolPins,
 }
 
 impl Collection {
     /// All of them.
-    pub const ALL: [Collection; 8] = [
+    pub const ALL: [Collection; 10] = [
         Collection::Packages,
         Collection::PackageLocks,
         Collection::Jobs,
@@ -143,11 +164,13 @@ impl Collection {
         Collection::OAuthClients,
         Collection::OAuthLogins,
         Collection::NamedCalls,
+        Collection::ApiKeys,
+        Collection::ToolPins,
     ];
 
     /// Those whose documents belong to a server, which their field `serverName` names, and go with it.
-    pub(crate) const OF_SERVERS: [Collection; 3] =
-        [Collection::Sessions, Collection::OAuthTokens, Collection::OAuthLogins];
+    pub(crate) const OF_SERVERS: [Collection; 4] =
+        [Collection::Sessions, Collection::OAuthTokens, Collection::OAuthLogins, Collection::ToolPins];
 
     /// Its name in the database.
     pub fn name(self) -> &'static str {
@@ -160,6 +183,8 @@ impl Collection {
             Collection::OAuthClients => "mcpDcrClients",
             Collection::OAuthLogins => "oauthLogins",
             Collection::NamedCalls => "idem",
+            Collection::ApiKeys => "apiKeys",
+            Collection::ToolPins => "toolPins",
         }
     }
 
@@ -173,7 +198,9 @@ impl Collection {
             | Collection::OAuthTokens
             | Collection::OAuthClients
             | Collection::OAuthLogins
-            | Collection::NamedCalls => "key",
+            | Collection::NamedCalls
+            | Collection::ApiKeys
+            | Collection::ToolPins => "key",
         }
     }
 
@@ -253,6 +280,10 @@ pub trait Store: Send + Sync + 'static {
     async fn replace_server(&self, server: &SealedServer, expected: Revision)
     -> Result<Revision, StoreError>;
 
+    /// As [`Store::replace_server`], for a record that means the same: the revision stays, so that nobody who
+    /// has read it takes it for another one. (A record that has no revision of ours yet gets one.)
+    async fn reseal_server(&self, server: &SealedServer, expected: Revision) -> Result<(), StoreError>;
+
     /// Removes a server and all that belongs to it: users' secrets, tokens and sessions, and listed tools.
     /// Says whether there was one. Repeating it after a crash completes it.
     async fn delete_server(&self, name: &ServerName) -> Result<bool, StoreError>;
@@ -274,6 +305,17 @@ pub trait Store: Send + Sync + 'static {
 
     /// How many users stored secrets for a server.
     async fn users_with_secrets(&self, server: &ServerName) -> Result<u64, StoreError>;
+
+    /// The secrets of all users after this user and key, in the order of both; at most `limit`.
+    async fn secrets_after(
+        &self,
+        after: Option<(&str, &str)>,
+        limit: usize,
+    ) -> Result<Vec<SecretRow>, StoreError>;
+
+    /// Puts another text for the same value in the place of the one in `row`; says whether that still stood
+    /// there.
+    async fn reseal_secret(&self, row: &SecretRow, value: &str) -> Result<bool, StoreError>;
 
     /// How many secrets have values in mcp-api's format.
     async fn legacy_secrets(&self) -> Result<u64, StoreError>;
@@ -313,6 +355,15 @@ pub trait Store: Send + Sync + 'static {
         server: &ServerName,
     ) -> Result<Vec<Versioned<Document>>, StoreError>;
 
+    /// The documents of a collection whose keys come after this one, in the order of the keys; at most `limit`.
+    /// Of one that cannot be read there is the key only.
+    async fn documents_after(
+        &self,
+        collection: Collection,
+        after: Option<&str>,
+        limit: usize,
+    ) -> Result<Vec<(String, Option<Versioned<Document>>)>, StoreError>;
+
     /// One document by its key.
     async fn document(
         &self,
@@ -335,6 +386,14 @@ pub trait Store: Send + Sync + 'static {
         document: &Document,
         expected: Revision,
     ) -> Result<Revision, StoreError>;
+
+    /// As [`Store::replace_document`], for a document that means the same: see [`Store::reseal_server`].
+    async fn reseal_document(
+        &self,
+        collection: Collection,
+        document: &Document,
+        expected: Revision,
+    ) -> Result<(), StoreError>;
 
     /// Removes a document; with `expected` only one that still has that revision, else
     /// [`StoreError::Conflict`]. Says whether there was one.

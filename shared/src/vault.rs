@@ -3,31 +3,40 @@
 
 use std::{fmt, sync::Arc};
 
+use arc_swap::ArcSwap;
 use secrecy::{ExposeSecret, SecretString};
 
 use crate::{
     crypter::{
-        Crypter, CryptoError, CryptoErrorKind, KeyError, KeyMaterial, KeyRing, LegacyMode, Passphrase, Place,
-        Salt, TEXT_KID, WeakKeys, is_legacy, is_sealed,
+        Crypter, CryptoError, CryptoErrorKind, KeyError, LegacyMode, Place, is_legacy, is_sealed, kid_of,
     },
     error::{ErrorCode, WorkerError, shorten},
     ids::{SecretName, ServerName, UserId},
     limits::SECRET_BYTES,
+    metrics::count_integrity_failure,
     server::{ServerRecord, Transport, Variables},
     store::{Fact, Revision, SealedSecret, SealedServer, Store, StoreError, StoredTools, Versioned},
 };
 
+mod api_keys;
 mod idempotency;
+mod keys;
+mod opening;
 mod packages;
+mod pins;
 mod remote;
+mod rewrap;
+mod texts;
 mod tokens;
 
-/// The fact that holds the salt of the passphrase.
-const SALT_FACT: &str = "argon2-salt";
+pub use keys::{KeyView, KeysView, KnownKey, NewKeys, RetireError};
+pub use rewrap::{Left, RewrapError, RewrapReport, RewrapState, Rewrapping};
+pub use texts::Census;
+
+use opening::{check_writing_keys, make_crypter, store_id, warn_about};
+
 /// The fact that holds the id of the key that a store was first used with.
 const FIRST_KEY_FACT: &str = "first-key";
-/// The fact that tells this store from others.
-const STORE_FACT: &str = "store-id";
 
 /// What opening a vault may leave behind in its store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,6 +54,14 @@ pub enum KeySource {
     Text(SecretString),
     /// The contents of a key ring file.
     RingFile(SecretString),
+    /// A key ring file, and beside it the text of `SECRETS_KEY` for values in mcp-api's format, or for the line
+    /// `k1:SECRETS_KEY`.
+    Both {
+        /// The contents of the file.
+        ring: SecretString,
+        /// `SECRETS_KEY`.
+        text: SecretString,
+    },
 }
 
 /// Why the vault did not do as asked.
@@ -85,9 +102,17 @@ pub enum VaultError {
     /// Values were encrypted with a key that this node does not have.
     #[error(
         "this node lacks the key {kid}, which has been encrypting values of this store: add it to the keys of \
-         this node. If nothing is left that needs it, put `retired:{kid}` into the store's `keyring`"
+         this node. If nothing is left that needs it: `mcp-gateway keys retire {kid}`, on a node that has it"
     )]
     KeyMissing {
+        /// The key's id.
+        kid: String,
+    },
+    /// The key that is to encrypt was retired: nodes may have forgotten it.
+    #[error(
+        "the key {kid} was retired, and nodes may lack it: make another key the first one of the key ring"
+    )]
+    KeyRetired {
         /// The key's id.
         kid: String,
     },
@@ -138,13 +163,14 @@ fn integrity_error() -> WorkerError {
 #[derive(Clone)]
 pub struct Vault {
     store: Arc<dyn Store>,
-    crypter: Arc<Crypter>,
+    /// Exchanged as a whole when keys are read anew; whoever encrypts or decrypts waits for nobody.
+    crypter: Arc<ArcSwap<Crypter>>,
     id: Option<Arc<str>>,
 }
 
 impl fmt::Debug for Vault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Vault").field("crypter", &self.crypter).finish_non_exhaustive()
+        f.debug_struct("Vault").field("crypter", &self.crypter.load()).finish_non_exhaustive()
     }
 }
 
@@ -179,30 +205,10 @@ impl Vault {
         key: KeySource,
         legacy: Option<LegacyMode>,
     ) -> Result<Self, VaultError> {
-        let has_legacy_rows = store.legacy_secrets().await? > 0;
-        let mode = legacy.unwrap_or(if has_legacy_rows { LegacyMode::Rw } else { LegacyMode::Off });
-        let needs_legacy = has_legacy_rows && mode != LegacyMode::Off;
-        let ring = match key {
-            KeySource::RingFile(contents) => KeyRing::from_file(&contents)?,
-            KeySource::Text(text) => {
-                let weak = if needs_legacy { WeakKeys::LegacyOnly } else { WeakKeys::Refuse };
-                match KeyMaterial::from_text(&text, weak)? {
-                    KeyMaterial::Ready(ring) => ring,
-                    KeyMaterial::Passphrase(passphrase) => {
-                        stretch(purpose, store.as_ref(), passphrase).await?
-                    }
-                }
-            }
-        };
-        // Without this, every call that needs such a secret would fail instead of the start.
-        if needs_legacy && !ring.has_legacy() {
-            return Err(KeyError::NoLegacyKey.into());
-        }
-        check_keys(purpose, store.as_ref(), &ring).await?;
+        let crypter = make_crypter(purpose, &*store, key, legacy).await?;
         let id = store_id(purpose, store.as_ref()).await?.map(Arc::from);
-        let crypter = Crypter::new(ring, mode)?;
         warn_about(&crypter);
-        Ok(Self { store, crypter: Arc::new(crypter), id })
+        Ok(Self { store, crypter: Arc::new(ArcSwap::from_pointee(crypter)), id })
     }
 
     /// The store itself, for what is not encrypted.
@@ -218,12 +224,36 @@ impl Vault {
     /// Records that this node encrypts with its key, before it encrypts anything: from then on a node
     /// without that key is refused. Nodes of a fleet do so when they have found that the others have it.
     pub async fn record_key(&self) -> Result<(), VaultError> {
-        check_writing_keys(Purpose::Use, self.store.as_ref(), self.crypter.ring()).await
+        check_writing_keys(Purpose::Use, self.store.as_ref(), self.crypter().ring()).await
     }
 
-    /// The crypter, for values that are kept elsewhere.
-    pub fn crypter(&self) -> &Arc<Crypter> {
-        &self.crypter
+    /// The crypter as it is now.
+    pub fn crypter(&self) -> Arc<Crypter> {
+        self.crypter.load_full()
+    }
+
+    /// The ids of this node's keys, the one that encrypts first.
+    pub fn kids(&self) -> Vec<String> {
+        self.crypter.load().ring().kids().map(str::to_owned).collect()
+    }
+
+    /// Whether this node has the key that a stored text names, if it names one.
+    pub fn has_key_of(&self, text: &str) -> bool {
+        kid_of(text).is_none_or(|kid| self.crypter.load().ring().kids().any(|own| own == kid))
+    }
+
+    fn mode(&self) -> LegacyMode {
+        self.crypter.load().mode()
+    }
+
+    fn seal(&self, place: &Place<'_>, value: &SecretString) -> Result<String, CryptoError> {
+        self.crypter.load().seal(place, value)
+    }
+
+    /// Opens a stored value, and counts those that cannot be opened.
+    fn unseal(&self, place: &Place<'_>, text: &str) -> Result<SecretString, CryptoError> {
+        let opened = self.crypter.load().open(place, text);
+        opened.inspect_err(|error| count_integrity_failure(error.kind()))
     }
 
     /// Whether the store answers and can be written.
@@ -278,7 +308,6 @@ impl Vault {
     ) -> Result<(), VaultError> {
         let key = SealedSecret::key_of(server, name);
         let value = self
-            .crypter
             .seal(&secret_place(&[user.as_str(), &key]), value)
             .map_err(|error| VaultError::Seal { what: what("secret", name.as_str(), server), error })?;
         let secret = SealedSecret {
@@ -315,9 +344,10 @@ impl Vault {
         // The value is bound to the key. The two names are stored beside it, and whoever can write to
         // the database must not be able to send a secret to another server by changing them alone.
         if secret.key != SealedSecret::key_of(&secret.server_name, &secret.secret_name) {
-            return Err(CryptoErrorKind::Format.into());
+            count_integrity_failure(CryptoErrorKind::Misplaced);
+            return Err(CryptoErrorKind::Misplaced.into());
         }
-        self.crypter.open(&secret_place(&[secret.username.as_str(), &secret.key]), &secret.value)
+        self.unseal(&secret_place(&[secret.username.as_str(), &secret.key]), &secret.value)
     }
 
     /// How many users stored secrets for a server.
@@ -343,13 +373,13 @@ impl Vault {
         )?;
         client_secret(
             &mut sealed,
-            |place, value| self.crypter.seal(place, &value.into()),
+            |place, value| self.seal(place, &value.into()),
             |what, error| VaultError::Seal { what, error },
         )?;
         // A record keeps the fields that its transport does not have, such as the variables that it had
         // before it became remote. Nothing reads them, and here they would be stored in clear.
-        if self.crypter.mode() != LegacyMode::Rw {
-            for field in ["env", "headers"] {
+        if self.mode() != LegacyMode::Rw {
+            for field in texts::LEFTOVERS {
                 sealed.extra.remove(field);
             }
         }
@@ -364,7 +394,7 @@ impl Vault {
         )?;
         client_secret(
             &mut value,
-            |place, value| Ok(self.crypter.open(place, value)?.expose_secret().to_owned()),
+            |place, value| Ok(self.unseal(place, value)?.expose_secret().to_owned()),
             |what, error| VaultError::Integrity { what, error },
         )?;
         Ok(Versioned { revision: sealed.revision, value })
@@ -373,22 +403,22 @@ impl Vault {
     fn seal_variable(&self, place: &Place<'_>, value: &str) -> Result<String, CryptoError> {
         // mcp-api has these in clear and could not read them otherwise. A value that looks encrypted
         // is encrypted all the same, because it would be taken for an encrypted one when it is read.
-        if self.crypter.mode() == LegacyMode::Rw && !is_sealed(value) && !is_legacy(value) {
+        if self.mode() == LegacyMode::Rw && !is_sealed(value) && !is_legacy(value) {
             if value.len() > SECRET_BYTES {
                 return Err(CryptoErrorKind::TooLarge.into());
             }
             return Ok(value.to_owned());
         }
-        self.crypter.seal(place, &value.into())
+        self.seal(place, &value.into())
     }
 
     fn open_variable(&self, place: &Place<'_>, value: &str) -> Result<String, CryptoError> {
         // What has neither format is the clear text of an old database. It stops being accepted
         // together with the old format, or encryption could be undone from outside.
-        if self.crypter.mode() != LegacyMode::Off && !is_sealed(value) && !is_legacy(value) {
+        if self.mode() != LegacyMode::Off && !is_sealed(value) && !is_legacy(value) {
             return Ok(value.to_owned());
         }
-        Ok(self.crypter.open(place, value)?.expose_secret().to_owned())
+        Ok(self.unseal(place, value)?.expose_secret().to_owned())
     }
 }
 
@@ -444,127 +474,6 @@ fn what(kind: &str, name: &str, server: &ServerName) -> String {
 /// Whether a store was ever opened with a key of our own. Without that key it is not to be used.
 pub async fn was_used(store: &dyn Store) -> Result<bool, StoreError> {
     Ok(store.fact(Fact::KeyRing, FIRST_KEY_FACT).await?.is_some())
-}
-
-/// Turns a passphrase into a key with the store's salt, which the first node makes.
-async fn stretch(purpose: Purpose, store: &dyn Store, passphrase: Passphrase) -> Result<KeyRing, VaultError> {
-    let salt = match store.fact(Fact::KeyRing, SALT_FACT).await? {
-        Some(salt) => salt,
-        // It was used without a passphrase, so this one is not its key and leaves nothing behind.
-        None if was_used(store).await? => {
-            // Unless another node has just made the salt, in the middle of its first start.
-            let made = store.fact(Fact::KeyRing, SALT_FACT).await?;
-            made.ok_or_else(|| VaultError::KeyMismatch { kid: TEXT_KID.to_owned() })?
-        }
-        None => {
-            let new = Salt::generate()?.to_string();
-            match purpose {
-                Purpose::Use => store.put_once(Fact::KeyRing, SALT_FACT, &new).await?,
-                Purpose::Inspect => new,
-            }
-        }
-    };
-    let salt = Salt::parse(&salt)?;
-    let ring = tokio::task::spawn_blocking(move || passphrase.derive(&salt)).await;
-    Ok(ring.map_err(|_| KeyError::Derivation)??)
-}
-
-/// Compares this node's keys with those that the store was used with before, and records new ones. A
-/// node with another key would write what the rest of the fleet cannot read.
-async fn check_keys(purpose: Purpose, store: &dyn Store, ring: &KeyRing) -> Result<(), VaultError> {
-    let fact = |kid: &str| format!("kcv:{kid}");
-    let mut known = false;
-    let mut new = Vec::new();
-    for kid in ring.kids() {
-        let own = ring.check_value(kid).ok_or(KeyError::Derivation)?;
-        match store.fact(Fact::KeyRing, &fact(kid)).await? {
-            Some(stored) if stored == own => known = true,
-            Some(_) => return Err(VaultError::KeyMismatch { kid: kid.to_owned() }),
-            None => new.push((kid, own)),
-        }
-    }
-    // The first key that was ever used here. Of several nodes that start at the same time, one was first.
-    let first = match (purpose, ring.kids().next()) {
-        (Purpose::Use, Some(own)) => Some(store.put_once(Fact::KeyRing, FIRST_KEY_FACT, own).await?),
-        _ => store.fact(Fact::KeyRing, FIRST_KEY_FACT).await?,
-    };
-    // A new key stands beside an old one until nothing needs that any more. With new keys alone nothing
-    // that is stored could be read. (The first key has no check value where a first start was cut short.)
-    if let (Some((kid, _)), false, Some(first)) = (new.first(), known, &first)
-        && !ring.kids().any(|kid| kid == first)
-    {
-        return Err(VaultError::KeyMismatch { kid: (*kid).to_owned() });
-    }
-    check_writing_keys(Purpose::Inspect, store, ring).await?;
-    if purpose == Purpose::Use {
-        for (kid, own) in new {
-            // Another node may have been faster, with another key.
-            if store.put_once(Fact::KeyRing, &fact(kid), &own).await? != own {
-                return Err(VaultError::KeyMismatch { kid: kid.to_owned() });
-            }
-        }
-    }
-    // A weak key has no check value, which would help to guess it. Where a strong one has been used,
-    // a weak one is certainly another.
-    if !ring.can_protect() && store.fact(Fact::KeyRing, &fact(TEXT_KID)).await?.is_some() {
-        return Err(VaultError::KeyMismatch { kid: TEXT_KID.to_owned() });
-    }
-    Ok(())
-}
-
-/// Sees to it that this node has every key that ever encrypted something here, and that its own stands
-/// among them. They are numbered in the order in which they came into use.
-async fn check_writing_keys(purpose: Purpose, store: &dyn Store, ring: &KeyRing) -> Result<(), VaultError> {
-    let own = ring.kids().next();
-    let mut recorded = false;
-    let mut name = FIRST_KEY_FACT.to_owned();
-    for number in 2.. {
-        let kid = match (store.fact(Fact::KeyRing, &name).await?, own) {
-            (Some(kid), _) => kid,
-            (None, Some(own)) if !recorded && purpose == Purpose::Use => {
-                store.put_once(Fact::KeyRing, &name, own).await?
-            }
-            (None, _) => break,
-        };
-        recorded |= own == Some(kid.as_str());
-        // A ring without any key reads mcp-api's values alone; that it may is decided elsewhere.
-        let missing = own.is_some() && !ring.kids().any(|own| own == kid);
-        if missing && store.fact(Fact::KeyRing, &format!("retired:{kid}")).await?.is_none() {
-            return Err(VaultError::KeyMissing { kid });
-        }
-        name = format!("writing-key:{number}");
-    }
-    Ok(())
-}
-
-/// The id of a store, made by the node that opens it first.
-async fn store_id(purpose: Purpose, store: &dyn Store) -> Result<Option<String>, VaultError> {
-    if purpose == Purpose::Inspect {
-        return Ok(store.fact(Fact::KeyRing, STORE_FACT).await?);
-    }
-    let new = uuid::Uuid::new_v4().simple().to_string();
-    Ok(Some(store.put_once(Fact::KeyRing, STORE_FACT, &new).await?))
-}
-
-/// Says at each start what is not as safe as it could be.
-fn warn_about(crypter: &Crypter) {
-    if !crypter.ring().can_protect() {
-        tracing::warn!(
-            "the encryption key is weak: it is accepted only because the store has secrets in mcp-api's \
-             format, and used for nothing else; whoever has the database can guess it"
-        );
-    }
-    match crypter.mode() {
-        LegacyMode::Rw => tracing::warn!(
-            "legacy mode rw: secrets are written in mcp-api's format, and variables of servers in clear, so \
-             that mcp-api can use them; values are not bound to their user and server until this ends"
-        ),
-        LegacyMode::Ro => tracing::warn!(
-            "legacy mode ro: values in mcp-api's format are still accepted, which are not bound to their \
-             user and server"
-        ),
-        LegacyMode::Off => {}
-    }
 }
 
 #[cfg(test)]

@@ -16,6 +16,11 @@ use zeroize::{Zeroize, Zeroizing};
 pub(super) const KEY_BYTES: usize = 32;
 /// The id of the only key that `SECRETS_KEY` gives, and of the first key of a new key ring.
 pub const TEXT_KID: &str = "k1";
+/// What stands in the place of a key in a line of a key ring that means the one of `SECRETS_KEY`.
+pub(super) const TEXT_REFERENCE: &str = "SECRETS_KEY";
+/// What such a line must be.
+const REFERENCE_RULE: &str =
+    "means the key of SECRETS_KEY: it must be `k1:SECRETS_KEY`, with SECRETS_KEY set as well";
 /// The shortest passphrase, in characters.
 const PASSPHRASE_CHARS: usize = 32;
 /// How many different characters (of a passphrase) or bytes (of a key) there must be. Random bytes
@@ -60,13 +65,22 @@ pub enum KeyError {
         /// What is wrong with it.
         reason: &'static str,
     },
+    /// A key id that no key can have.
+    #[error("a key id has 1 to 16 lower-case letters and digits")]
+    Kid,
+    /// A change of the key ring that makes no sense.
+    #[error("the key ring {what}")]
+    Ring {
+        /// What is the matter with it.
+        what: String,
+    },
     /// There is no key in the key ring.
     #[error("the key ring has no keys; a line looks like `k1:<32 random bytes in base64>`")]
     EmptyRing,
     /// Values in mcp-api's format are to be read or written, and the key they need is missing.
     #[error(
-        "values in mcp-api's format can only be read and written with its SECRETS_KEY, which a key ring does \
-         not have: start with SECRETS_KEY, or switch the legacy mode off"
+        "values in mcp-api's format can only be read and written with its SECRETS_KEY: set that beside the key \
+         ring, or switch the legacy mode off"
     )]
     NoLegacyKey,
     /// The stored salt is damaged.
@@ -143,6 +157,15 @@ impl KeyMaterial {
             None => Self::Passphrase(Passphrase { text: text.clone(), legacy }),
         })
     }
+
+    /// What it has for values in mcp-api's format, and no more.
+    pub fn into_legacy(self) -> KeyRing {
+        let legacy = match self {
+            Self::Ready(ring) => ring.legacy,
+            Self::Passphrase(passphrase) => Some(passphrase.legacy),
+        };
+        KeyRing { keys: Vec::new(), legacy }
+    }
 }
 
 /// A passphrase that is good enough to derive a key from.
@@ -198,6 +221,13 @@ impl KeyRing {
     /// Reads a key ring: lines `kid:base64(32 bytes)`, the primary key first. Blank lines and lines
     /// that begin with `#` are passed over.
     pub fn from_file(contents: &SecretString) -> Result<Self, KeyError> {
+        Self::from_file_and_text(contents, None)
+    }
+
+    /// Reads a key ring that stands beside a `SECRETS_KEY`: `text_ring` is what that gave. The line
+    /// `k1:SECRETS_KEY` says at which place its key stands; without that line it only reads (and in mode `rw`
+    /// writes) values in mcp-api's format.
+    pub fn from_file_and_text(contents: &SecretString, text_ring: Option<Self>) -> Result<Self, KeyError> {
         let mut keys: Vec<RingKey> = Vec::new();
         for (index, line) in contents.expose_secret().lines().enumerate() {
             let line = line.trim();
@@ -213,8 +243,14 @@ impl KeyRing {
             if keys.iter().any(|key| key.kid == kid) {
                 return Err(refuse("repeats the key id of a line before it"));
             }
-            let kek =
-                from_base64(text.trim()).ok_or_else(|| refuse("has a key that is not 32 bytes in base64"))?;
+            let key = text.trim();
+            if key == TEXT_REFERENCE {
+                let own = text_key(kid, text_ring.as_ref());
+                let kek = own.ok_or_else(|| refuse(REFERENCE_RULE))?;
+                keys.push(RingKey { kid: kid.to_owned(), kek });
+                continue;
+            }
+            let kek = from_base64(key).ok_or_else(|| refuse("has a key that is not 32 bytes in base64"))?;
             if !varied(&kek) {
                 return Err(refuse("has a key that is not random; make one with `openssl rand -base64 32`"));
             }
@@ -223,7 +259,7 @@ impl KeyRing {
         if keys.is_empty() {
             return Err(KeyError::EmptyRing);
         }
-        Ok(Self { keys, legacy: None })
+        Ok(Self { keys, legacy: text_ring.and_then(|ring| ring.legacy) })
     }
 
     fn single(kek: Key, legacy: Key) -> Self {
@@ -254,6 +290,11 @@ impl KeyRing {
         mac.finalize().into_bytes().get(..8).map(hex::encode)
     }
 
+    /// The id of the key that encrypts; there is none when it was too weak.
+    pub fn primary_kid(&self) -> Option<&str> {
+        self.primary().map(|key| key.kid.as_str())
+    }
+
     pub(super) fn primary(&self) -> Option<&RingKey> {
         self.keys.first()
     }
@@ -277,13 +318,21 @@ impl fmt::Debug for KeyRing {
     }
 }
 
-/// A line for a new key ring: `k1:` and 32 random bytes in base64.
-pub fn generate_key_line() -> Result<SecretString, KeyError> {
+/// The key of `SECRETS_KEY`, if a line with this id can mean it.
+fn text_key(kid: &str, text_ring: Option<&KeyRing>) -> Option<Key> {
+    Some(text_ring?.key(kid)?.kek.clone())
+}
+
+/// A line for a key ring: a key's id and 32 random bytes in base64.
+pub fn generate_key_line(kid: &str) -> Result<SecretString, KeyError> {
+    if !is_kid(kid) {
+        return Err(KeyError::Kid);
+    }
     let mut key = Key::default();
     getrandom::fill(key.as_mut_slice()).map_err(|_| KeyError::Random)?;
     // Room for the whole line from the start, so that no part of it stays behind in freed memory.
-    let mut line = String::with_capacity(TEXT_KID.len() + 1 + KEY_BYTES.div_ceil(3) * 4);
-    line.push_str(TEXT_KID);
+    let mut line = String::with_capacity(kid.len() + 1 + KEY_BYTES.div_ceil(3) * 4);
+    line.push_str(kid);
     line.push(':');
     b64::STANDARD.encode_string(key.as_slice(), &mut line);
     Ok(line.into())

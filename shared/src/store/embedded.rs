@@ -10,17 +10,18 @@ use std::{
     time::Duration,
 };
 
-use rusqlite::Connection;
+use rusqlite::{Connection, OpenFlags, OptionalExtension};
 use tokio::sync::{
     mpsc::{self, error::TrySendError},
     oneshot,
 };
 
-use super::StoreError;
+use super::{Fact, StoreError};
 use crate::limits;
 
 mod documents;
 mod executor;
+mod resealing;
 mod schema;
 mod sql;
 #[cfg(test)]
@@ -119,6 +120,18 @@ impl EmbeddedStore {
             .spawn(move || executor.run(receiver))
             .map_err(|source| OpenError::Io { dir: data_dir.to_owned(), source })?;
         Ok(Arc::new(Self { sender, shared, thread: Some(thread), timeout }))
+    }
+
+    /// Reads a fact while another process has the folder open, which is not disturbed by it.
+    pub fn peek(data_dir: &Path, fact: Fact, key: &str) -> Result<Option<String>, OpenError> {
+        let file = data_dir.join(schema::DATA_FILE);
+        let read = || {
+            let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+            let connection = Connection::open_with_flags(&file, flags)?;
+            connection.busy_timeout(schema::BUSY_TIMEOUT)?;
+            connection.query_row(sql::FACT, [fact.collection(), key], |row| row.get(0)).optional()
+        };
+        read().map_err(|source| OpenError::Sqlite { file: file.clone(), source })
     }
 
     /// Finishes what is queued, moves the write-ahead log into the data file and frees the folder.

@@ -25,7 +25,9 @@ use mongodb::{
 use secrecy::{ExposeSecret, SecretString};
 use tokio::sync::Semaphore;
 
-use super::{Fact, Lease, Revision, SealedSecret, SealedServer, Store, StoreError, StoredTools, Versioned};
+use super::{
+    Fact, Lease, Revision, SealedSecret, SealedServer, SecretRow, Store, StoreError, StoredTools, Versioned,
+};
 use crate::{
     ids::{SecretName, ServerName, UserId},
     limits,
@@ -147,6 +149,10 @@ impl MongoStore {
     /// Connects to a database to look into it, and leaves nothing behind.
     pub async fn inspect(settings: MongoSettings) -> Result<Arc<Self>, ConnectError> {
         let options = options(&settings).await?;
+        Self::look(settings, options).await
+    }
+
+    async fn look(settings: MongoSettings, options: ClientOptions) -> Result<Arc<Self>, ConnectError> {
         let name = settings.database.or_else(|| options.default_database.clone());
         let name = name.unwrap_or_else(|| DEFAULT_DATABASE.to_owned());
         let client =
@@ -312,6 +318,10 @@ impl Store for MongoStore {
         self.run(self.database.replace_server(server, expected)).await
     }
 
+    async fn reseal_server(&self, server: &SealedServer, expected: Revision) -> Result<(), StoreError> {
+        self.run(self.database.reseal_server(server, expected)).await
+    }
+
     async fn delete_server(&self, name: &ServerName) -> Result<bool, StoreError> {
         self.run(self.database.delete_server(name)).await
     }
@@ -335,6 +345,18 @@ impl Store for MongoStore {
 
     async fn users_with_secrets(&self, server: &ServerName) -> Result<u64, StoreError> {
         self.run(self.database.users_with_secrets(server)).await
+    }
+
+    async fn secrets_after(
+        &self,
+        after: Option<(&str, &str)>,
+        limit: usize,
+    ) -> Result<Vec<SecretRow>, StoreError> {
+        self.run(self.database.secrets_after(after, limit)).await
+    }
+
+    async fn reseal_secret(&self, row: &SecretRow, value: &str) -> Result<bool, StoreError> {
+        self.run(self.database.reseal_secret(row, value)).await
     }
 
     async fn legacy_secrets(&self) -> Result<u64, StoreError> {
@@ -381,6 +403,15 @@ impl Store for MongoStore {
         self.run(self.database.documents_of(collection, server)).await
     }
 
+    async fn documents_after(
+        &self,
+        collection: super::Collection,
+        after: Option<&str>,
+        limit: usize,
+    ) -> Result<Vec<(String, Option<Versioned<super::Document>>)>, StoreError> {
+        self.run(self.database.documents_after(collection, after, limit)).await
+    }
+
     async fn document(
         &self,
         collection: super::Collection,
@@ -404,6 +435,15 @@ impl Store for MongoStore {
         expected: Revision,
     ) -> Result<Revision, StoreError> {
         self.run(self.database.replace_document(collection, document, expected)).await
+    }
+
+    async fn reseal_document(
+        &self,
+        collection: super::Collection,
+        document: &super::Document,
+        expected: Revision,
+    ) -> Result<(), StoreError> {
+        self.run(self.database.reseal_document(collection, document, expected)).await
     }
 
     async fn delete_document(

@@ -102,11 +102,23 @@ async fn connect_once(settings: &MongoSettings, access: Access) -> Result<Opened
         Err(mongo::ConnectError::Store(StoreError::Unavailable { cause })) if is_refusal(&cause) => {
             Err(ConnectError::Login { hosts, cause })
         }
+        Err(mongo::ConnectError::Store(StoreError::Unavailable { cause })) if is_distrust(&cause) => {
+            Err(ConnectError::Unfit { hosts, cause })
+        }
         Err(mongo::ConnectError::Store(StoreError::Unavailable { cause })) => {
             Err(ConnectError::Unreachable { hosts, cause })
         }
         Err(error) => Err(ConnectError::Unfit { hosts, cause: error.to_string() }),
     }
+}
+
+/// Whether TLS shows that this is not the MongoDB that was meant, or our own files are no good: waiting mends
+/// neither.
+fn is_distrust(cause: &str) -> bool {
+    let cause = cause.to_ascii_lowercase();
+    ["invalid peer certificate", "certificate", "pem file", "tls config"]
+        .iter()
+        .any(|word| cause.contains(word))
 }
 
 /// Whether MongoDB answered, and did not let us in.

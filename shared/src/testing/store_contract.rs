@@ -17,6 +17,7 @@ use crate::{
 
 pub mod coordination;
 pub mod documents;
+pub mod resealing;
 pub mod secrets;
 pub mod servers;
 
@@ -66,6 +67,11 @@ macro_rules! store_contract {
             documents::documents_are_listed_in_the_order_in_which_they_were_added,
             documents::documents_of_a_server_are_listed_alone,
             documents::documents_of_a_server_go_with_it,
+            resealing::a_resealed_server_keeps_its_revision,
+            resealing::a_resealed_document_keeps_its_revision,
+            resealing::a_secret_is_resealed_as_long_as_it_is_what_it_was,
+            resealing::all_secrets_are_found_page_by_page,
+            resealing::all_documents_are_found_page_by_page,
         }
     };
     (@each (tests $open:path); $($module:ident::$test:ident,)*) => {

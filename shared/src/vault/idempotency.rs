@@ -15,6 +15,8 @@ use crate::{
     timestamp::Timestamp,
 };
 
+/// The field with the caller's name for the call, which documents of earlier versions lack.
+pub(super) const NAME: &str = "name";
 /// Bytes of one encrypted part of a result. A part is less than a secret may have.
 const PART: usize = 48 * 1024;
 
@@ -81,6 +83,8 @@ impl Vault {
         let document = json!({
             Collection::NamedCalls.key(): key_of(&call.user, &call.key),
             "username": call.user,
+            // What the parts are bound to: without it they could not be encrypted anew under another key.
+            NAME: call.key,
             "fingerprint": call.fingerprint,
             "worker": call.worker,
             "expireAt": call.expires_at,
@@ -104,7 +108,7 @@ impl Vault {
             let (part, more) = rest.split_at(end);
             let number = part_number(parts.len(), more.is_empty());
             let ids = [call.user.as_str(), call.key.as_str(), number.as_str()];
-            parts.push(self.crypter.seal(&place(&ids), &part.into())?);
+            parts.push(self.seal(&place(&ids), &part.into())?);
             rest = more;
         }
         Ok(parts)
@@ -159,14 +163,14 @@ impl Vault {
             let sealed = part.as_str().ok_or(CryptoErrorKind::Format)?;
             let number = part_number(number, number + 1 == parts.len());
             let ids = [user.as_str(), key.as_str(), number.as_str()];
-            whole.push_str(self.crypter.open(&place(&ids), sealed)?.expose_secret());
+            whole.push_str(self.unseal(&place(&ids), sealed)?.expose_secret());
         }
         Ok(whole.into())
     }
 }
 
 /// The key of a named call's document. Callers' names may be long, and look like anything.
-fn key_of(user: &UserId, key: &IdempotencyKey) -> String {
+pub(super) fn key_of(user: &UserId, key: &IdempotencyKey) -> String {
     let mut hash = Sha256::new();
     for part in [user.as_str(), key.as_str()] {
         hash.update(part.len().to_be_bytes());
@@ -176,10 +180,10 @@ fn key_of(user: &UserId, key: &IdempotencyKey) -> String {
 }
 
 /// Where a part belongs, and whether it is the last: none can be left out or exchanged.
-fn part_number(number: usize, last: bool) -> String {
+pub(super) fn part_number(number: usize, last: bool) -> String {
     format!("{number}{}", if last { "." } else { "" })
 }
 
-fn place<'a>(ids: &'a [&'a str; 3]) -> Place<'a> {
+pub(super) fn place<'a>(ids: &'a [&'a str; 3]) -> Place<'a> {
     Place { collection: "idem", field: "result", ids }
 }

@@ -121,13 +121,16 @@ impl Vault {
     }
 }
 
-fn read<T: DeserializeOwned>(what: &str, stored: Versioned<Document>) -> Result<Versioned<T>, VaultError> {
+pub(super) fn read<T: DeserializeOwned>(
+    what: &str,
+    stored: Versioned<Document>,
+) -> Result<Versioned<T>, VaultError> {
     let value = serde_json::from_value(serde_json::Value::Object(stored.value));
     let value = value.map_err(|error| corrupt(what, &error))?;
     Ok(Versioned { revision: stored.revision, value })
 }
 
-fn readable<T: DeserializeOwned>(what: &str, stored: Versioned<Document>) -> Option<Versioned<T>> {
+pub(super) fn readable<T: DeserializeOwned>(what: &str, stored: Versioned<Document>) -> Option<Versioned<T>> {
     read(what, stored).inspect_err(|error| tracing::error!(%error, "a document is left out")).ok()
 }
 

@@ -10,9 +10,10 @@ use serde_json::{Map, Value};
 
 use super::{Vault, VaultError, packages::corrupt};
 use crate::{
-    crypter::{CryptoError, LegacyMode, Place, is_legacy, is_sealed},
+    crypter::{CryptoError, CryptoErrorKind, LegacyMode, Place, is_legacy, is_sealed},
     error::shorten,
     ids::{ServerName, UserId, WorkerId},
+    metrics::count_integrity_failure,
     remote::{LOGIN_TIME, Login, LoginId, OAuthClient, OAuthTokens, Session},
     store::{Collection, Document, Revision, Store, StoreError, Versioned},
     timestamp::Timestamp,
@@ -276,7 +277,7 @@ impl Vault {
         let id = required(&stored, "sessionId")?;
         // As variables of servers: a clear one is accepted for as long as mcp-api's values are. It lets
         // nobody in who could not write to the database.
-        let clear = self.crypter.mode() != LegacyMode::Off && !is_sealed(id) && !is_legacy(id);
+        let clear = self.mode() != LegacyMode::Off && !is_sealed(id) && !is_legacy(id);
         let id =
             if clear { id.into() } else { self.open_field(Collection::Sessions, "sessionId", &ids, id)? };
         let session = Session {
@@ -336,7 +337,7 @@ impl Vault {
         value: &SecretString,
     ) -> Result<String, VaultError> {
         let place = Place { collection: collection.name(), field, ids };
-        self.crypter.seal(&place, value).map_err(|error| VaultError::Seal { what: what(&place), error })
+        self.seal(&place, value).map_err(|error| VaultError::Seal { what: what(&place), error })
     }
 
     fn open_field(
@@ -348,7 +349,7 @@ impl Vault {
     ) -> Result<SecretString, VaultError> {
         let place = Place { collection: collection.name(), field, ids };
         let failed = |error: CryptoError| VaultError::Integrity { what: what(&place), error };
-        self.crypter.open(&place, sealed).map_err(failed)
+        self.unseal(&place, sealed).map_err(failed)
     }
 }
 
@@ -440,12 +441,12 @@ impl Fields {
 }
 
 /// The key of what several parts tell from all others.
-fn key(parts: &[&str]) -> String {
+pub(super) fn key(parts: &[&str]) -> String {
     Collection::key_of(parts)
 }
 
 /// A field's text; `None` also where it is empty.
-fn text<'a>(document: &'a Document, field: &str) -> Option<&'a str> {
+pub(super) fn text<'a>(document: &'a Document, field: &str) -> Option<&'a str> {
     document.get(field)?.as_str().filter(|text| !text.is_empty())
 }
 
@@ -487,7 +488,9 @@ fn same(document: &Document, field: &str, expected: &str) -> Result<(), VaultErr
     if text(document, field) == Some(expected) {
         return Ok(());
     }
-    Err(corrupt("a user's document", &format!("its {field} is not that of its key")))
+    count_integrity_failure(CryptoErrorKind::Misplaced);
+    let what = format!("a user's document whose {field} is not that of its key");
+    Err(VaultError::Integrity { what, error: CryptoErrorKind::Misplaced.into() })
 }
 
 fn lacks(field: &str) -> VaultError {
@@ -495,7 +498,7 @@ fn lacks(field: &str) -> VaultError {
 }
 
 /// Names a value in logs, without showing it.
-fn what(place: &Place<'_>) -> String {
+pub(super) fn what(place: &Place<'_>) -> String {
     let ids: Vec<_> = place.ids.iter().map(|id| shorten(id, 64)).collect();
     format!("{} of {} {}", place.field, place.collection, ids.join(", "))
 }

@@ -3,11 +3,16 @@ use std::collections::BTreeMap;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::*;
+use super::{
+    opening::{SALT_FACT, STORE_FACT},
+    *,
+};
 use crate::store::embedded::EmbeddedStore;
 
+mod keys;
 mod packages;
 mod remote;
+mod rewrap;
 
 const KEY: &str = "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f";
 const OTHER_KEY: &str = "f00102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f";

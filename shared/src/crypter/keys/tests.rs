@@ -152,8 +152,8 @@ fn mistakes_in_a_key_ring_are_named_by_line() {
 
 #[test]
 fn a_new_key_line_is_a_key_ring() {
-    let line = generate_key_line().unwrap();
-    assert_ne!(line.expose_secret(), generate_key_line().unwrap().expose_secret());
+    let line = generate_key_line("k1").unwrap();
+    assert_ne!(line.expose_secret(), generate_key_line("k1").unwrap().expose_secret());
     assert_eq!(KeyRing::from_file(&line).unwrap().kids().collect::<Vec<_>>(), ["k1"]);
 }
 

@@ -20,6 +20,10 @@ pub(super) struct DocumentRow {
 }
 
 impl DocumentRow {
+    pub(super) fn key(&self) -> &str {
+        &self.key
+    }
+
     fn read(row: &Row<'_>) -> rusqlite::Result<Self> {
         Ok(Self {
             key: String::from_utf8_lossy(row.get_ref(0)?.as_bytes()?).into_owned(),
@@ -103,6 +107,19 @@ impl New {
             None => Err(StoreError::NotFound.into()),
         }
     }
+
+    /// As [`New::replace`], with the revision left as it is.
+    pub(super) fn reseal(&self, connection: &Connection, expected: Revision) -> Result<(), Failure> {
+        let written = connection.execute(
+            "UPDATE documents SET document = ?4 WHERE collection = ?1 AND key = ?2 AND revision = ?3",
+            params![self.collection.name(), self.key, expected.0, self.document],
+        )?;
+        match written {
+            0 if exists(connection, self.collection, &self.key)? => Err(StoreError::Conflict.into()),
+            0 => Err(StoreError::NotFound.into()),
+            _ => Ok(()),
+        }
+    }
 }
 
 pub(super) fn list(
@@ -126,6 +143,23 @@ pub(super) fn list_of(
         "SELECT key, revision, document FROM documents WHERE collection = ?1 AND server = ?2 ORDER BY seq",
     )?;
     let rows = statement.query_map([collection.name(), server.as_str()], DocumentRow::read)?;
+    Ok(rows.collect::<Result<Vec<_>, _>>()?)
+}
+
+/// A page of a collection, in the order of its keys.
+pub(super) fn list_after(
+    connection: &Connection,
+    collection: Collection,
+    after: Option<&str>,
+    limit: usize,
+) -> Result<Vec<DocumentRow>, Failure> {
+    let mut statement = connection.prepare(
+        "SELECT key, revision, document FROM documents WHERE collection = ?1 AND key > ?2 ORDER BY key LIMIT ?3",
+    )?;
+    // No key is empty.
+    let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+    let rows = statement
+        .query_map(params![collection.name(), after.unwrap_or_default(), limit], DocumentRow::read)?;
     Ok(rows.collect::<Result<Vec<_>, _>>()?)
 }
 

@@ -13,12 +13,12 @@ use rusqlite::{Connection, ErrorCode, OpenFlags, TransactionBehavior};
 use super::OpenError;
 
 const LOCK_FILE: &str = "lock";
-const DATA_FILE: &str = "mcp-api.db";
+pub(super) const DATA_FILE: &str = "mcp-api.db";
 const LOG_FILE: &str = "mcp-api.db-wal";
 
 /// How long a statement waits for somebody who works on the file by hand. Shorter than a call waits,
 /// so that the caller learns the cause.
-const BUSY_TIMEOUT: Duration = Duration::from_secs(2);
+pub(super) const BUSY_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Files up to this size are checked whole when they are opened. A larger one would take longer than
 /// a start may; SQLite then reports damage when it reads the page.

@@ -11,14 +11,14 @@ use super::{
     EmbeddedStore,
     documents::{self, DocumentRow},
     executor::Failure,
-    schema,
+    resealing, schema,
 };
 use crate::{
     ids::{SecretName, ServerName, UserId},
     server::ServerRecord,
     store::{
-        self, Collection, Fact, Lease, Revision, SealedSecret, SealedServer, Store, StoreError, StoredTools,
-        Versioned,
+        self, Collection, Fact, Lease, Revision, SealedSecret, SealedServer, SecretRow, Store, StoreError,
+        StoredTools, Versioned,
     },
     timestamp::Timestamp,
 };
@@ -132,6 +132,11 @@ impl Store for EmbeddedStore {
         .await
     }
 
+    async fn reseal_server(&self, server: &SealedServer, expected: Revision) -> Result<(), StoreError> {
+        let (document, name) = (document(server)?, server.0.name.clone());
+        self.write(move |connection| resealing::server(connection, &name, &document, expected)).await
+    }
+
     async fn delete_server(&self, name: &ServerName) -> Result<bool, StoreError> {
         let name = name.clone();
         self.write(move |connection| {
@@ -215,6 +220,20 @@ impl Store for EmbeddedStore {
             count(connection.query_row(sql, [server.as_str()], |row| row.get(0))?)
         })
         .await
+    }
+
+    async fn secrets_after(
+        &self,
+        after: Option<(&str, &str)>,
+        limit: usize,
+    ) -> Result<Vec<SecretRow>, StoreError> {
+        let after = after.map(|(user, key)| (user.to_owned(), key.to_owned()));
+        self.read(move |connection| resealing::secrets_after(connection, after, limit)).await
+    }
+
+    async fn reseal_secret(&self, row: &SecretRow, value: &str) -> Result<bool, StoreError> {
+        let (row, value) = (row.clone(), value.to_owned());
+        self.write(move |connection| resealing::secret(connection, row, value)).await
     }
 
     async fn legacy_secrets(&self) -> Result<u64, StoreError> {
@@ -349,6 +368,19 @@ impl Store for EmbeddedStore {
         Ok(rows.iter().filter_map(|row| row.value(collection).ok()).collect())
     }
 
+    async fn documents_after(
+        &self,
+        collection: Collection,
+        after: Option<&str>,
+        limit: usize,
+    ) -> Result<Vec<(String, Option<Versioned<store::Document>>)>, StoreError> {
+        let after = after.map(str::to_owned);
+        let rows = self
+            .read(move |connection| documents::list_after(connection, collection, after.as_deref(), limit));
+        let rows = rows.await?;
+        Ok(rows.iter().map(|row| (row.key().to_owned(), row.value(collection).ok())).collect())
+    }
+
     async fn document(
         &self,
         collection: Collection,
@@ -376,6 +408,16 @@ impl Store for EmbeddedStore {
     ) -> Result<Revision, StoreError> {
         let new = documents::New::make(collection, document)?;
         self.write(move |connection| new.replace(connection, expected)).await
+    }
+
+    async fn reseal_document(
+        &self,
+        collection: Collection,
+        document: &store::Document,
+        expected: Revision,
+    ) -> Result<(), StoreError> {
+        let new = documents::New::make(collection, document)?;
+        self.write(move |connection| new.reseal(connection, expected)).await
     }
 
     async fn delete_document(
@@ -415,7 +457,7 @@ impl Store for EmbeddedStore {
 
 const UNREADABLE: &str = "a server's record cannot be read";
 
-const FACT: &str = "SELECT value FROM facts WHERE collection = ?1 AND key = ?2";
+pub(super) const FACT: &str = "SELECT value FROM facts WHERE collection = ?1 AND key = ?2";
 
 /// A row of `servers` before its document is understood. The text is taken as bytes: one that is not
 /// UTF-8 must not fail the whole listing.
@@ -445,7 +487,7 @@ fn document(server: &SealedServer) -> Result<String, StoreError> {
     text.map_err(|cause| StoreError::Corrupt { what: format!("server {}: {cause}", server.0.name) })
 }
 
-fn server_exists(connection: &Connection, name: &ServerName) -> rusqlite::Result<bool> {
+pub(super) fn server_exists(connection: &Connection, name: &ServerName) -> rusqlite::Result<bool> {
     connection
         .query_row("SELECT EXISTS (SELECT 1 FROM servers WHERE name = ?1)", [name.as_str()], |row| row.get(0))
 }

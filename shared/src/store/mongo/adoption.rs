@@ -19,7 +19,9 @@ fn parts(collection: Collection) -> Option<[&'static str; 2]> {
         | Collection::PackageLocks
         | Collection::Jobs
         | Collection::OAuthLogins
-        | Collection::NamedCalls => None,
+        | Collection::NamedCalls
+        | Collection::ApiKeys
+        | Collection::ToolPins => None,
     }
 }
 

@@ -33,7 +33,11 @@ fn dates(collection: Collection) -> &'static [&'static str] {
         Collection::Sessions | Collection::OAuthClients => &["createdAt", "updatedAt"],
         Collection::OAuthTokens => &["createdAt", "updatedAt", "expiresAt"],
         Collection::NamedCalls => &[EXPIRES],
-        Collection::PackageLocks | Collection::Jobs | Collection::OAuthLogins => &[],
+        Collection::PackageLocks
+        | Collection::Jobs
+        | Collection::OAuthLogins
+        | Collection::ApiKeys
+        | Collection::ToolPins => &[],
     }
 }
 
@@ -43,9 +47,12 @@ fn is_shared(collection: Collection) -> bool {
         Collection::Packages | Collection::Sessions | Collection::OAuthTokens | Collection::OAuthClients => {
             true
         }
-        Collection::PackageLocks | Collection::Jobs | Collection::OAuthLogins | Collection::NamedCalls => {
-            false
-        }
+        Collection::PackageLocks
+        | Collection::Jobs
+        | Collection::OAuthLogins
+        | Collection::NamedCalls
+        | Collection::ApiKeys
+        | Collection::ToolPins => false,
     }
 }
 
@@ -195,6 +202,24 @@ impl Database {
         Ok(documents)
     }
 
+    pub(super) async fn documents_after(
+        &self,
+        collection: Collection,
+        after: Option<&str>,
+        limit: usize,
+    ) -> Result<Vec<(String, Option<Versioned<store::Document>>)>, Failure> {
+        // What has no key, or no text for one, is no document of ours.
+        let filter = doc! { collection.key(): { "$gt": after.unwrap_or_default() } };
+        let documents = self.documents(collection);
+        let found = documents.find(filter).sort(doc! { collection.key(): 1 });
+        let rows = collect(found.limit(i64::try_from(limit).unwrap_or(i64::MAX)).await?).await?;
+        let read = |row: &RawDocumentBuf| {
+            let key = row.get_str(collection.key()).ok()?.to_owned();
+            Some((key, Stored::read(collection, row).map(|stored| stored.value())))
+        };
+        Ok(rows.iter().filter_map(read).collect())
+    }
+
     pub(super) async fn one_document(
         &self,
         collection: Collection,
@@ -249,6 +274,29 @@ impl Database {
         document: &store::Document,
         expected: Revision,
     ) -> Result<Revision, Failure> {
+        // As for servers: mcp-api's documents get a first number; later ones count on.
+        let revision = if expected.0 < 0 { first_revision()? } else { expected.0 + 1 };
+        self.rewrite_document(collection, document, expected, revision).await
+    }
+
+    pub(super) async fn reseal_document(
+        &self,
+        collection: Collection,
+        document: &store::Document,
+        expected: Revision,
+    ) -> Result<(), Failure> {
+        let revision = if expected.0 < 0 { first_revision()? } else { expected.0 };
+        self.rewrite_document(collection, document, expected, revision).await.map(drop)
+    }
+
+    /// Writes a document in the place of one that still has the revision `expected`.
+    async fn rewrite_document(
+        &self,
+        collection: Collection,
+        document: &store::Document,
+        expected: Revision,
+        revision: i64,
+    ) -> Result<Revision, Failure> {
         let key = collection.key_in(document)?;
         let Some(stored) = self.stored_document(collection, key).await? else {
             return Err(StoreError::NotFound.into());
@@ -256,8 +304,6 @@ impl Database {
         if stored.revision != expected {
             return Err(StoreError::Conflict.into());
         }
-        // As for servers: mcp-api's documents get a first number; later ones count on.
-        let revision = if expected.0 < 0 { first_revision()? } else { expected.0 + 1 };
         let new = stored.replaced_by(document, revision);
         let rows = self.documents(collection).clone_with_type::<Document>();
         if rows.replace_one(stored.unchanged(), new).await?.matched_count > 0 {

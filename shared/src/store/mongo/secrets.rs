@@ -15,7 +15,7 @@ use super::{
 use crate::{
     ids::{SecretName, ServerName, UserId},
     limits,
-    store::{SealedSecret, StoreError},
+    store::{SealedSecret, SecretRow, StoreError},
 };
 
 const SERVER: &str = "serverName";
@@ -311,6 +311,39 @@ impl Database {
         let users: HashSet<&str> =
             rows.iter().filter(|row| row.is_of(&now)).map(|row| row.username.as_str()).collect();
         Ok(u64::try_from(users.len()).unwrap_or(u64::MAX))
+    }
+
+    pub(super) async fn secrets_after(
+        &self,
+        after: Option<(&str, &str)>,
+        limit: usize,
+    ) -> Result<Vec<SecretRow>, Failure> {
+        // Rows whose names are no texts are nobody's.
+        let mut filter = match after {
+            None => doc! { "username": { "$gte": "" }, "key": { "$gte": "" } },
+            Some((user, key)) => doc! { "$or": [
+                { "username": { "$gt": user } },
+                { "username": { "$eq": user }, "key": { "$gt": key } },
+            ] },
+        };
+        filter.insert(ANCIENT, doc! { "$exists": false });
+        let found = self.secrets.find(filter).sort(doc! { "username": 1, "key": 1 });
+        let rows = collect(found.limit(i64::try_from(limit).unwrap_or(i64::MAX)).await?).await?;
+        let read = |row: Row| SecretRow {
+            username: row.username,
+            key: row.key,
+            value: row.value.unwrap_or_default(),
+        };
+        Ok(rows.iter().filter_map(Row::read).map(read).collect())
+    }
+
+    pub(super) async fn reseal_secret(&self, row: &SecretRow, value: &str) -> Result<bool, Failure> {
+        let filter = doc! {
+            "username": { "$eq": &row.username }, "key": { "$eq": &row.key }, "value": { "$eq": &row.value },
+            ANCIENT: { "$exists": false },
+        };
+        let set = doc! { "$set": { "value": value } };
+        Ok(self.secrets.update_one(filter, set).await?.matched_count > 0)
     }
 
     pub(super) async fn legacy_secrets(&self) -> Result<u64, Failure> {

@@ -130,6 +130,27 @@ impl Database {
         server: &SealedServer,
         expected: Revision,
     ) -> Result<Revision, Failure> {
+        // mcp-api's documents get a first number; later ones count on.
+        let revision = if expected.0 < 0 { first_revision()? } else { expected.0 + 1 };
+        self.rewrite_server(server, expected, revision).await
+    }
+
+    pub(super) async fn reseal_server(
+        &self,
+        server: &SealedServer,
+        expected: Revision,
+    ) -> Result<(), Failure> {
+        let revision = if expected.0 < 0 { first_revision()? } else { expected.0 };
+        self.rewrite_server(server, expected, revision).await.map(drop)
+    }
+
+    /// Writes a server in the place of one that still has the revision `expected`.
+    async fn rewrite_server(
+        &self,
+        server: &SealedServer,
+        expected: Revision,
+        revision: i64,
+    ) -> Result<Revision, Failure> {
         let name = &server.0.name;
         let Some(stored) = self.stored_server(name).await? else {
             return Err(StoreError::NotFound.into());
@@ -137,8 +158,6 @@ impl Database {
         if stored.revision != expected {
             return Err(StoreError::Conflict.into());
         }
-        // mcp-api's documents get a first number; later ones count on.
-        let revision = if expected.0 < 0 { first_revision()? } else { expected.0 + 1 };
         let document = stored.replaced_by(server, revision)?;
         let servers = self.servers.clone_with_type::<Document>();
         let replaced = servers.replace_one(stored.unchanged(), document).await?;

@@ -1,3 +1,5 @@
+use mongodb::event::{EventHandler, command::CommandEvent};
+
 use super::*;
 use crate::testing::services::shared_mongo;
 
@@ -73,7 +75,9 @@ async fn an_address_is_read_without_showing_its_password() {
     assert_eq!(credential.password.as_deref(), Some(CANARY));
     assert_eq!(credential.source.as_deref(), Some("users"));
     assert_eq!((read.hosts.len(), read.repl_set_name.as_deref()), (2, Some("set")));
-    assert_eq!(read.write_concern.unwrap().w, Some(Acknowledgment::Majority));
+    let write = read.write_concern.unwrap();
+    assert_eq!((write.w, write.journal), (Some(Acknowledgment::Majority), Some(true)));
+    assert_eq!(read.read_concern, Some(ReadConcern::majority()));
     assert_eq!(read.selection_criteria, Some(SelectionCriteria::ReadPreference(ReadPreference::Primary)));
     // A host alone is an address too.
     let read = options(&MongoSettings::new(" localhost:27018 ".into())).await.unwrap();
@@ -98,6 +102,61 @@ async fn indexes_are_made_once_and_allow_no_duplicates() {
     let mut names = own.0.collection::<Document>("secrets").list_index_names().await.unwrap();
     names.sort();
     assert_eq!(names, ["_id_", "key", "secret_unique"]);
+}
+
+/// What the driver really sends: no URI can weaken it, and no operation does.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn secrets_are_read_from_the_primary_and_what_is_written_is_a_majoritys() {
+    let (mut settings, _own) = fresh().await;
+    let weak = "readPreference=secondaryPreferred&readConcernLevel=local&w=0&journal=false";
+    settings.address = format!("{}&{weak}", settings.address.expose_secret()).into();
+    let mut options = options(&settings).await.unwrap();
+    let (seen, sent) = std::sync::mpsc::sync_channel(1_000);
+    options.command_event_handler = Some(EventHandler::callback(move |event| {
+        if let CommandEvent::Started(started) = event {
+            let _ = seen.try_send(started.command);
+        }
+    }));
+    let store = MongoStore::look(settings, options).await.unwrap();
+    let (user, server, name) =
+        (UserId::from_stored("alice"), ServerName::from_stored("one"), SecretName::from_stored("K"));
+    let secret = SealedSecret {
+        username: user.clone(),
+        key: SealedSecret::key_of(&server, &name),
+        server_name: server.clone(),
+        secret_name: name.clone(),
+        value: "sealed".to_owned(),
+    };
+    // The server is a row of its own: without it nothing is stored.
+    let row = doc! { "name": "one", "_incarnation": 1_i64 };
+    store.database.servers.clone_with_type::<Document>().insert_one(row).await.unwrap();
+    store.put_secret(&secret).await.unwrap();
+    assert_eq!(store.secrets(&user, &server).await.unwrap().len(), 1);
+    assert!(store.delete_secret(&user, &server, &name).await.unwrap());
+
+    let commands: Vec<Document> = sent.try_iter().collect();
+    let (mut reads, mut writes) = (0, 0);
+    for command in &commands {
+        let name = command.keys().next().unwrap().as_str();
+        // A direct connection says `primaryPreferred`, so that it may be to any node; nothing weaker is said.
+        let preference = command.get_document("$readPreference").and_then(|it| it.get_str("mode"));
+        assert!(matches!(preference, Err(_) | Ok("primary" | "primaryPreferred")), "{command}");
+        match name {
+            "find" | "aggregate" | "distinct" | "count" => {
+                reads += 1;
+                let concern = command.get_document("readConcern").unwrap();
+                assert_eq!(concern.get_str("level").unwrap(), "majority", "{command}");
+            }
+            "insert" | "update" | "delete" => {
+                writes += 1;
+                let concern = command.get_document("writeConcern").unwrap();
+                assert_eq!(concern.get_str("w").unwrap(), "majority", "{command}");
+                assert!(concern.get_bool("j").unwrap(), "{command}");
+            }
+            _ => {}
+        }
+    }
+    assert!(reads >= 3 && writes >= 3, "{reads} reads and {writes} writes were seen");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
