@@ -138,7 +138,12 @@ impl Egress {
             Some(Host::Ipv4(address)) => self.check_address(address.into()),
             Some(Host::Ipv6(address)) => self.check_address(address.into()),
             Some(Host::Domain(name)) => {
-                let name = name.trim_end_matches('.');
+                // One dot at the end is the root of all names. With more, `127.0.0.1..` would be a name for the
+                // parser, and who knows what for a resolver.
+                let name = name.strip_suffix('.').unwrap_or(name);
+                if name.split('.').any(str::is_empty) {
+                    return Err(EgressError::InvalidUrl("has a host name with an empty part"));
+                }
                 let local = name == "localhost" || name.ends_with(".localhost");
                 // A network may be permitted that it resolves to.
                 let loopback = [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()];
@@ -329,6 +334,10 @@ mod tests {
             "http://example.com:0",
             "http://example.com/#f",
             "http://1.2.3.4.5",
+            "http://127.0.0.1..",
+            "http://localhost..",
+            "http://.example.com",
+            "http://a..example.com",
             "http://exa mple.com",
         ] {
             assert!(matches!(guard.check(url), Err(EgressError::InvalidUrl(_))), "{url}");

@@ -14,7 +14,7 @@ use crate::{
     ids::{ServerName, ToolName, UserId, WorkerId},
     json::RawJson,
     users::Entered,
-    worker_api::{CallContext, CallStream, WorkerApi},
+    worker_api::{CallContext, CallStream, ToolCall, WorkerApi},
 };
 
 /// How far a worker may go to take a call.
@@ -176,6 +176,9 @@ pub trait Hosting: WorkerApi {
     fn enter(&self, _user: &UserId) -> Result<Entered, WorkerError> {
         Ok(Entered::default())
     }
+
+    /// Records that a service calls, where calls are recorded.
+    fn record_call(&self, _context: &CallContext, _call: &ToolCall) {}
 
     /// What this worker says of itself.
     fn describe(&self) -> NodeReport;

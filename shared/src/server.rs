@@ -24,6 +24,34 @@ impl fmt::Debug for Variables {
     }
 }
 
+/// Parts of names of which it is known what they stand for, wherever in a name they are.
+const SECRET_WORDS: [&str; 15] = [
+    "secret",
+    "token",
+    "passw",
+    "passphrase",
+    "credential",
+    "authorization",
+    "cookie",
+    "apikey",
+    "api_key",
+    "access_key",
+    "private_key",
+    "signature",
+    "session",
+    "bearer",
+    "jwt",
+];
+/// The same, only as whole words: others have them inside.
+const SECRET_PARTS: [&str; 7] = ["key", "auth", "pass", "pwd", "pat", "dsn", "sas"];
+
+/// Whether the value of a variable or header of this name is one that not everybody should see.
+pub fn looks_secret(name: &str) -> bool {
+    let name = name.to_ascii_lowercase().replace('-', "_");
+    SECRET_WORDS.iter().any(|word| name.contains(word))
+        || name.split('_').any(|part| SECRET_PARTS.contains(&part))
+}
+
 /// How a server is reached.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "transportType", rename_all = "snake_case", rename_all_fields = "camelCase")]
@@ -348,6 +376,37 @@ mod tests {
         new.transport =
             Transport::Stdio { command: "node".into(), args: vec!["x".into()], env: Variables::default() };
         assert!(old.needs_restart(&new));
+    }
+
+    #[test]
+    fn names_that_look_secret() {
+        for name in [
+            "TOKEN",
+            "GH_TOKEN",
+            "github-token",
+            "AccessToken",
+            "DB_PASSWORD",
+            "PASSWD",
+            "API_KEY",
+            "apiKey",
+            "X-API-Key",
+            "OPENAI_KEY",
+            "Authorization",
+            "Proxy-Authorization",
+            "X-Auth",
+            "AWS_SECRET_ACCESS_KEY",
+            "Cookie",
+            "Set-Cookie",
+            "SENTRY_DSN",
+            "X-Session-Id",
+            "CLIENT_CREDENTIALS",
+        ] {
+            assert!(looks_secret(name), "{name}");
+        }
+        for name in ["NODE_ENV", "X-Custom-Header", "PATH", "AUTHOR", "KEYBOARD", "MONKEY", "PATTERN", "LANG"]
+        {
+            assert!(!looks_secret(name), "{name}");
+        }
     }
 
     #[test]

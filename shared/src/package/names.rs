@@ -44,6 +44,8 @@ pub fn npm_version(text: &str) -> bool {
                     b'.' | b'_' | b'-' | b'+' | b'^' | b'~' | b'<' | b'>' | b'=' | b'*' | b'|' | b' '
                 )
         })
+        // Two of them stand between ranges, and one alone between nothing that npm knows.
+        && text.split("||").all(|range| !range.contains('|'))
 }
 
 /// A name in PyPI, with extras if it has some: `name[extra,other]`.
@@ -65,12 +67,19 @@ pub fn split_extras(text: &str) -> Option<(&str, &str)> {
             .strip_prefix('[')
             .and_then(|rest| rest.strip_suffix(']'))
             .is_some_and(|inner| inner.split(',').all(|extra| word(extra.trim())));
-    (text.len() <= NAME_BYTES && word(name) && extras_valid).then_some((name, extras))
+    (text.len() <= NAME_BYTES && printable(text) && word(name) && extras_valid).then_some((name, extras))
+}
+
+/// Whether a text is one line of ASCII. Parsers pass over whatever Unicode calls white space, line ends too.
+fn printable(text: &str) -> bool {
+    text.bytes().all(|byte| byte.is_ascii_graphic() || byte == b' ')
 }
 
 /// A version by PEP 440.
 pub fn python_version(text: &str) -> bool {
-    text.len() <= VERSION_BYTES && text.trim() == text && pep440_rs::Version::from_str(text).is_ok()
+    text.len() <= VERSION_BYTES
+        && text.bytes().all(|byte| byte.is_ascii_graphic())
+        && pep440_rs::Version::from_str(text).is_ok()
 }
 
 /// A specification by PEP 508 without addresses and markers: `fastmcp<3`, `requests[socks]>=2.28,!=2.30`.
@@ -78,6 +87,7 @@ pub fn pip_dependency(text: &str) -> bool {
     let end = text.find(['<', '>', '=', '!', '~']).unwrap_or(text.len());
     let (name, specifiers) = text.split_at(end);
     text.len() <= NAME_BYTES + VERSION_BYTES
+        && printable(text)
         && python_name(name.trim_end())
         && (specifiers.is_empty() || pep440_rs::VersionSpecifiers::from_str(specifiers).is_ok())
 }
@@ -179,6 +189,8 @@ mod tests {
             "../x",
             "/x",
             "1;id",
+            "1|id",
+            "1 ||| 2",
             "$(id)",
             "a/b",
             "1\n2",
@@ -206,6 +218,7 @@ mod tests {
             "a[]",
             "a[b]c",
             "a\n",
+            "a[b,\nc]",
             "Ѕ",
         ] {
             assert!(!python_name(name), "{name}");
@@ -222,6 +235,11 @@ mod tests {
             "a<3;x",
             "../a",
             "a<3 --hash=x",
+            "a\n<3",
+            "a<3\n",
+            "a<3,\n<4",
+            "a[b,\nc]",
+            "a\u{a0}<3",
         ] {
             assert!(!pip_dependency(spec), "{spec}");
         }
