@@ -44,10 +44,14 @@
 //! | `grandchild` | `escape?` | starts a long `sleep` and answers its pid; `escape` puts it into another session |
 //! | `add_tool` | | adds `added_N` and sends `notifications/tools/list_changed`; answers the new name |
 //! | `log_secret` | anything | writes its arguments to standard error |
+//! | `log_env` | `name` | writes that variable to standard error; not listed |
+//! | `digest` | `of` | the SHA-256 of the argument of that name, or else of the variable, in hex: what shows that a secret came, and not which; not listed |
 //! | `touch` | `path`, `text` | appends a line to a file, with one write |
 //! | `record` | `path`, `id`, `ms?`, `KEY?`, `lock?` | appends `run ID PID KEY` to a file, then takes its time; `clash` instead of `run` if another process has the `lock` |
 //! | `server_request` | | sends `roots/list` and `ping` to the client; answers what came back within 5 s |
 //! | `exit_when_idle` | `ms` | answers, then exits with 0 after that time |
+//! | `relist` | | sends `notifications/tools/list_changed`; not listed |
+//! | `spy` | `pids` | what it can see of these processes and of what it was given itself; not listed |
 //! | `auth_get_authorization_url` | `redirect_uri`, `state` | the address of a login; not listed |
 //! | `auth_exchange_code` | `code` | tokens for a code that begins with `good`; not listed |
 //!
@@ -59,6 +63,7 @@
 //! |---|---|
 //! | `--more` | offers all tools of the table |
 //! | `--pages N` | lists the tools in N pages with odd-looking cursors |
+//! | `--tools-file P` | lists the tools in the file as well, one JSON object a line, read anew each time; whatever is called and unknown answers `called NAME` |
 //! | `--read-only` | says of every tool of `--more` that it only reads, which is not true |
 //! | `--no-tools` | declares the capability and has no tools |
 //! | `--list-error` | answers `tools/list` with an error |
@@ -66,6 +71,7 @@
 //! | `--never-initialize` | reads and never answers anything |
 //! | `--start-delay-ms N` | does nothing for that time first |
 //! | `--exit-at-start CODE` | complains on standard error and exits |
+//! | `--tell NAME` | writes that variable to standard error at the start, last of all if it does not start |
 //! | `--env-required NAME` | complains and exits with 1 when the variable is missing |
 //! | `--fail-first N --state-file P` | the first N starts exit with 1; the file counts them |
 //! | `--start-file P` | appends its pid to the file, one line for each start |
@@ -90,6 +96,7 @@ mod catalog;
 pub mod hostile;
 mod protocol;
 mod record;
+mod spy;
 #[cfg(test)]
 mod tests;
 mod tools;
@@ -143,6 +150,7 @@ struct Options {
     start_delay: Duration,
     exit_at_start: Option<i32>,
     env_required: Vec<String>,
+    tell: Option<String>,
     fail_first: usize,
     state_file: Option<String>,
     start_file: Option<String>,
@@ -152,6 +160,7 @@ struct Options {
     ignore_stop: bool,
     stop_ignored: bool,
     hostile: Option<String>,
+    tools_file: Option<String>,
     wrapper: bool,
 }
 
@@ -171,6 +180,7 @@ impl Options {
                 "--never-initialize" => options.never_initialize = true,
                 "--start-delay-ms" => options.start_delay = Duration::from_millis(number(flag, &value()?)?),
                 "--exit-at-start" => options.exit_at_start = Some(number(flag, &value()?)?),
+                "--tell" => options.tell = Some(value()?),
                 "--env-required" => options.env_required.push(value()?),
                 "--fail-first" => options.fail_first = number(flag, &value()?)?,
                 "--state-file" => options.state_file = Some(value()?),
@@ -181,6 +191,7 @@ impl Options {
                 "--ignore-stop" => options.ignore_stop = true,
                 STOP_IGNORED => options.stop_ignored = true,
                 "--hostile" => options.hostile = Some(value()?),
+                "--tools-file" => options.tools_file = Some(value()?),
                 "--wrapper" => options.wrapper = true,
                 _ => return Err(format!("unknown flag {flag}")),
             }
@@ -236,8 +247,10 @@ pub fn run(args: &[String]) -> i32 {
     }
     if let Some(code) = options.exit_at_start {
         complain("cannot start: missing setting");
+        tell(&options);
         return code;
     }
+    tell(&options);
     if let Some(path) = &options.state_file {
         append_line(Path::new(path), "start").expect("the state file can be written");
         let starts = fs::read_to_string(path).expect("the state file can be read").lines().count();
@@ -263,6 +276,13 @@ pub fn run(args: &[String]) -> i32 {
         thread::sleep(LINGER);
     }
     0
+}
+
+/// Speaks a variable out loud, as servers do that say with what they were set up.
+fn tell(options: &Options) {
+    if let Some(name) = &options.tell {
+        complain(&format!("{name} is {}", env::var(name).unwrap_or_default()));
+    }
 }
 
 /// Serves MCP between these two, with flags of the table that concern no process.

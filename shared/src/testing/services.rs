@@ -35,6 +35,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use mongodb::bson::doc;
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -154,6 +155,7 @@ impl NatsServer {
 pub struct MongoServer {
     process: Process,
     in_memory: bool,
+    asks_for_login: bool,
 }
 
 impl MongoServer {
@@ -175,9 +177,37 @@ impl MongoServer {
         Self::start_with(true)
     }
 
+    /// Starts one that lets nobody in but this user, by SCRAM.
+    ///
+    /// # Panics
+    ///
+    /// As [`MongoServer::start`].
+    pub fn guarded(user: &str, password: &str) -> Self {
+        let mut server = Self::start();
+        let (uri, user, password) = (server.uri(), user.to_owned(), password.to_owned());
+        let made = thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            // MongoDB makes both by itself.
+            let mechanisms = ["SCRAM-SHA-1", "SCRAM-SHA-256"];
+            let command = doc! {
+                "createUser": user, "pwd": password, "roles": ["root"], "mechanisms": mechanisms.to_vec(),
+            };
+            runtime.block_on(async {
+                let client = mongodb::Client::with_uri_str(uri).await?;
+                client.database("admin").run_command(command).await
+            })
+        });
+        made.join().expect("it does not panic").expect("a user can be made");
+        server.asks_for_login = true;
+        // It keeps users for good only when it is stopped in order.
+        server.process.stop();
+        server.restart();
+        server
+    }
+
     fn start_with(in_memory: bool) -> Self {
         let folder = RunFolder::new("mongo");
-        let mut server = Self { process: Process::new(folder), in_memory };
+        let mut server = Self { process: Process::new(folder), in_memory, asks_for_login: false };
         server.launch(0);
         let log = server.process.folder.log();
         let port = server.process.wait_for("its port", || {
@@ -198,6 +228,7 @@ impl MongoServer {
             .args(["--host", "127.0.0.1", "--port", &port.to_string(), "--oplog-max-entries", "500"])
             .arg("--storage-path")
             .arg(data)
+            .args(self.asks_for_login.then_some("--auth"))
             // What it keeps in memory is really a temporary folder; one that is killed leaves it.
             .env("TMPDIR", &folder)
             .current_dir(&folder);
@@ -350,6 +381,17 @@ impl Process {
         let pid = i32::try_from(self.pid()).expect("a process id is a small number");
         // The child is not waited for yet, so the number is its own.
         kill(Pid::from_raw(pid), signal).expect("a child can be signalled");
+    }
+
+    fn stop(&mut self) {
+        self.signal(Signal::SIGTERM);
+        if let Some(mut child) = self.child.take() {
+            let begun = Instant::now();
+            while child.try_wait().ok().flatten().is_none() {
+                assert!(begun.elapsed() < START_TIMEOUT, "a test server does not stop");
+                thread::sleep(PAUSE);
+            }
+        }
     }
 
     fn kill(&mut self) {
