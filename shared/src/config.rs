@@ -12,10 +12,14 @@ use std::{
 
 use secrecy::SecretString;
 
-use crate::{crypter::LegacyMode, error::shorten};
+use crate::{crypter::LegacyMode, error::shorten, launch::LaunchRules};
 
+mod audit;
+mod auth;
 mod bus;
 mod dotenv;
+mod http;
+mod launch;
 mod limits;
 mod mongo;
 mod packages;
@@ -27,7 +31,10 @@ mod variables;
 #[cfg(test)]
 mod tests;
 
+pub use audit::AuditSettings;
+pub use auth::{Auth, AuthSettings, JwtAlgorithm, JwtSettings};
 pub use bus::{BusLogin, BusServer, BusSettings, BusTls};
+pub use http::{HttpSettings, TlsFiles};
 pub use limits::{LimitSettings, MOST_CALLS, UserLimits};
 pub use mongo::{MongoLogin, MongoSettings, StoreSettings};
 pub use packages::{InstallOnStart, PackageSettings};
@@ -41,15 +48,6 @@ pub const DEFAULT_ENV_FILE: &str = ".env";
 
 /// How long balancers have to see that one of several gateways is about to stop, where nobody says otherwise.
 const NOTICE: Duration = Duration::from_secs(3);
-
-/// Who is let in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Auth {
-    /// `AUTH=none` in so many words.
-    None,
-    /// Nothing was said: nobody is asked for credentials, and only loopback is listened on.
-    Unset,
-}
 
 /// How log lines look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -97,6 +95,8 @@ pub struct Settings {
     pub allowed_hosts: Vec<String>,
     /// Origins that may send requests besides those on loopback names, as browsers write them.
     pub allowed_origins: Vec<String>,
+    /// TLS, and web pages that may read answers.
+    pub http: HttpSettings,
     /// Bytes that the body of a request may have.
     pub payload_limit: usize,
     /// What is taken in at once.
@@ -119,7 +119,8 @@ pub struct Settings {
     pub worker_port: u16,
     /// The key for secrets. Whether it is strong enough is for the key ring to say.
     pub secrets_key: Option<SecretString>,
-    /// A key ring's file; never set together with `secrets_key`.
+    /// A key ring's file. Beside it `secrets_key` is for values in the earlier format, and for the line
+    /// `k1:SECRETS_KEY` of the file.
     pub secrets_keys_file: Option<PathBuf>,
     /// What to do with secrets in the earlier format, where the operator said so.
     pub legacy: Option<LegacyMode>,
@@ -127,6 +128,10 @@ pub struct Settings {
     pub packages: PackageSettings,
     /// Remote servers, and logins to them.
     pub remote: RemoteSettings,
+    /// What may be started as a server.
+    pub launch: LaunchRules,
+    /// The audit log.
+    pub audit: AuditSettings,
     /// Whether to log at debug level.
     pub debug: bool,
     /// How log lines look.
@@ -220,8 +225,9 @@ impl Settings {
         let auth = reader.auth();
         let allowed_hosts = reader.optional("ALLOWED_HOSTS", parse::allowed_hosts).unwrap_or_default();
         let allowed_origins = reader.optional("ALLOWED_ORIGINS", parse::allowed_origins).unwrap_or_default();
+        let http = reader.http();
         let payload_limit = reader.required("PAYLOAD_LIMIT", parse::size);
-        let limits = reader.limits(payload_limit);
+        let limits = reader.limits(payload_limit, matches!(auth, Auth::Asked(_)));
         let shutdown_timeout = reader.required("SHUTDOWN_TIMEOUT_SECONDS", parse::seconds);
         let shutdown_notice = reader.optional("SHUTDOWN_NOTICE_SECONDS", parse::seconds_or_none);
         let data_dir = reader.required("DATA_DIR", parse::path);
@@ -238,14 +244,14 @@ impl Settings {
         let store = reader.store();
         let bus = reader.bus();
         let packages = reader.packages(data_dir.as_deref());
+        let launch = reader.launch();
+        let audit = reader.audit(data_dir.as_deref());
 
-        if secrets_key.is_some() && secrets_keys_file.is_some() {
-            reader.problem("SECRETS_KEYS_FILE", "SECRETS_KEY is set as well; set only one of the two");
-        }
         if let Some(host) = host.as_ref().filter(|host| !host.is_loopback() && auth == Auth::Unset) {
             let message = format!(
                 "listening on {} is refused without authentication: anyone who can reach it could start \
-                 programs here; keep 127.0.0.1, or set AUTH=none if something in front authenticates",
+                 programs here; set AUTH=keys or AUTH=jwt, keep 127.0.0.1, or set AUTH=none if something in front \
+                 authenticates",
                 shorten(&host.to_string(), 64)
             );
             reader.problem("HOST", message);
@@ -266,6 +272,7 @@ impl Settings {
             Some(worker_port),
             Some(store),
             Some(packages),
+            Some(audit),
             true,
         ) = (
             host,
@@ -281,6 +288,7 @@ impl Settings {
             worker_port,
             store,
             packages,
+            audit,
             reader.problems.is_empty(),
         )
         else {
@@ -292,6 +300,7 @@ impl Settings {
             auth,
             allowed_hosts,
             allowed_origins,
+            http,
             payload_limit,
             limits,
             shutdown_timeout,
@@ -307,6 +316,8 @@ impl Settings {
             legacy,
             packages,
             remote,
+            launch,
+            audit,
             debug,
             log_format,
             log_filter,
@@ -435,15 +446,6 @@ impl Reader {
                 None
             }
         }
-    }
-
-    fn auth(&mut self) -> Auth {
-        let planned = |value: &str| matches!(value.to_ascii_lowercase().as_str(), "keys" | "jwt");
-        if self.raw("AUTH").as_deref().is_some_and(planned) {
-            self.problem("AUTH", "keys and jwt are not part of this version; valid: none");
-            return Auth::Unset;
-        }
-        self.optional("AUTH", parse::auth).unwrap_or(Auth::Unset)
     }
 
     fn later(&self) -> BTreeMap<&'static str, String> {

@@ -66,6 +66,14 @@ error_codes! {
     RequestTimeout = "request_timeout", retryable true, "The body did not arrive in time.";
     HostNotAllowed = "host_not_allowed", retryable false, "The `Host` header names a host that is not in `ALLOWED_HOSTS`.";
     OriginNotAllowed = "origin_not_allowed", retryable false, "The `Origin` header names a page that is not in `ALLOWED_ORIGINS`.";
+    Unauthorized = "unauthorized", retryable false, "The request has no credential that is valid.";
+    Forbidden = "forbidden", retryable false, "The credential does not allow this: it lacks a scope, or does not reach the server or the tool.";
+    ForbiddenUser = "forbidden_user", retryable false, "The request names another user than the credential's, which may not act for others.";
+    CommandNotAllowed = "command_not_allowed", retryable false, "A server may not be started by this command: a shell, or one that is not in `COMMANDS_ALLOW`.";
+    EnvNotAllowed = "env_not_allowed", retryable false, "A server may not be given this environment variable: it changes which code runs.";
+    ApiKeyNotFound = "api_key_not_found", retryable false, "There is no API key with that id.";
+    IssuerUnavailable = "issuer_unavailable", retryable true, "Tokens cannot be checked: the keys of their issuer cannot be fetched.";
+    AuditUnavailable = "audit_unavailable", retryable true, "The audit log cannot be written, so that nothing may be changed.";
     NotFound = "not_found", retryable false, "There is no such route.";
     MethodNotAllowed = "method_not_allowed", retryable false, "The route exists with other methods; `Allow` lists them.";
     ServerNotFound = "server_not_found", retryable false, "No server has that name.";
@@ -74,6 +82,7 @@ error_codes! {
     ServerDisabled = "server_disabled", retryable false, "The server is registered but switched off.";
     BuiltinServer = "builtin_server", retryable false, "Built-in servers cannot be changed or deleted.";
     InvalidPackageName = "invalid_package_name", retryable false, "The package's name is not one that its registry can have.";
+    InvalidVersion = "invalid_version", retryable false, "The version is not one that the package's registry can have.";
     PackageNotFound = "package_not_found", retryable false, "No package of that name is installed, or the registry has none.";
     VersionNotFound = "version_not_found", retryable false, "The registry does not have that version of the package.";
     JobNotFound = "job_not_found", retryable false, "There is no such job, or a newer one of the same server took its place.";
@@ -115,6 +124,10 @@ error_codes! {
     WorkerLost = "worker_lost", retryable true, "The worker that ran the call is gone; whether the server did it is unknown.";
     BusUnavailable = "bus_unavailable", retryable true, "The message bus between gateways and workers cannot be reached.";
     ShuttingDown = "shutting_down", retryable true, "This process is stopping.";
+    KeysRefused = "keys_refused", retryable false, "The encryption keys do not fit what is stored, or those of other nodes; the old ones stay.";
+    KeyNotFound = "key_not_found", retryable false, "There is no encryption key with that id.";
+    KeyInUse = "key_in_use", retryable false, "The encryption key is needed: it encrypts, or stored values are encrypted with it.";
+    RewrapInProgress = "rewrap_in_progress", retryable true, "What is stored is being encrypted anew already.";
     Conflict = "conflict", retryable true, "Somebody else changed the same record at the same time.";
     StoreUnavailable = "store_unavailable", retryable true, "The store did not answer.";
     StorageFull = "storage_full", retryable true, "The store's disk is full: nothing can be written.";
@@ -206,6 +219,17 @@ impl WorkerError {
     /// Says when trying again makes sense.
     pub fn retry_after(mut self, wait: Duration) -> Self {
         self.retry_after_ms = Some(u64::try_from(wait.as_millis()).unwrap_or(u64::MAX));
+        self
+    }
+
+    /// Adds up to a half to the time after which to come back, for each caller another: those who were refused together would
+    /// come back together.
+    pub fn spread(mut self) -> Self {
+        self.retry_after_ms = self.retry_after_ms.map(|wait| {
+            // Without random numbers all come back at once, which is no reason to refuse them otherwise.
+            let drawn = getrandom::u64().unwrap_or(0);
+            wait.saturating_add(drawn % (wait / 2 + 1))
+        });
         self
     }
 

@@ -60,7 +60,7 @@ impl NodeReport {
             started: Timestamp::now(),
             wire,
             store: vault.store_id().unwrap_or_default().to_owned(),
-            keys: vault.crypter().ring().kids().map(str::to_owned).collect(),
+            keys: vault.kids(),
             capacity: available_parallelism()
                 .map_or(1, |count| u32::try_from(count.get()).unwrap_or(u32::MAX)),
             draining: false,

@@ -1,6 +1,6 @@
 //! Raw JSON: text that is known to be valid and is passed on byte for byte.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, collections::HashSet};
 
 use bytes::Bytes;
 use serde::{Deserialize, Deserializer, Serialize, de};
@@ -114,6 +114,68 @@ pub fn members(object: &[u8], limit: usize) -> Result<Vec<(Cow<'_, str>, &RawVal
     Ok(members)
 }
 
+/// Whether no object in a document has a member twice, at any depth: readers differ in which of the two they
+/// take, so that what one of them has checked may not be what another one uses.
+pub fn is_unambiguous(document: &[u8]) -> bool {
+    serde_json::from_slice::<Unambiguous>(document).is_ok()
+}
+
+/// A document that is read for nothing but [`is_unambiguous`].
+struct Unambiguous;
+
+impl<'de> Deserialize<'de> for Unambiguous {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(Unambiguous)
+    }
+}
+
+impl<'de> de::Visitor<'de> for Unambiguous {
+    type Value = Self;
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("a document without repeated members")
+    }
+
+    fn visit_bool<E>(self, _: bool) -> Result<Self, E> {
+        Ok(self)
+    }
+
+    fn visit_i64<E>(self, _: i64) -> Result<Self, E> {
+        Ok(self)
+    }
+
+    fn visit_u64<E>(self, _: u64) -> Result<Self, E> {
+        Ok(self)
+    }
+
+    fn visit_f64<E>(self, _: f64) -> Result<Self, E> {
+        Ok(self)
+    }
+
+    fn visit_str<E>(self, _: &str) -> Result<Self, E> {
+        Ok(self)
+    }
+
+    fn visit_unit<E>(self) -> Result<Self, E> {
+        Ok(self)
+    }
+
+    fn visit_seq<A: de::SeqAccess<'de>>(self, mut items: A) -> Result<Self, A::Error> {
+        while items.next_element::<Unambiguous>()?.is_some() {}
+        Ok(self)
+    }
+
+    fn visit_map<A: de::MapAccess<'de>>(self, mut map: A) -> Result<Self, A::Error> {
+        let mut seen = HashSet::new();
+        while let Some((name, Unambiguous)) = map.next_entry::<String, Unambiguous>()? {
+            if !seen.insert(name) {
+                return Err(de::Error::custom("a member appears twice"));
+            }
+        }
+        Ok(self)
+    }
+}
+
 /// Why a text was refused although its grammar may be that of JSON.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
@@ -208,6 +270,17 @@ mod tests {
         assert_eq!(serde_json::to_string(&raw).unwrap(), text);
         assert_eq!(serde_json::from_str::<RawJson>(text).unwrap(), raw);
         assert!(!format!("{raw:?}").contains("big"));
+    }
+
+    #[test]
+    fn members_that_are_there_twice_are_seen_at_any_depth() {
+        for good in [r#"{"a":{"a":[{"a":1},{"a":2}]},"b":null,"c":"\u0061","d":-1.5}"#, "[]", "7", "true"] {
+            assert!(is_unambiguous(good.as_bytes()), "{good}");
+        }
+        for bad in [r#"{"a":1,"a":1}"#, r#"{"x":{"a":1,"\u0061":2}}"#, r#"[[{"a":1,"b":2,"a":3}]]"#, "{", ""]
+        {
+            assert!(!is_unambiguous(bad.as_bytes()), "{bad}");
+        }
     }
 
     #[test]

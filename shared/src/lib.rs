@@ -1,6 +1,8 @@
 #![doc = include_str!("../README.md")]
 
 pub mod answer;
+pub mod api_key;
+pub mod audit;
 pub mod check;
 pub mod config;
 pub mod crypter;
@@ -12,11 +14,14 @@ pub mod hosting;
 pub mod idempotency;
 pub mod ids;
 pub mod json;
+pub mod launch;
 pub mod lifecycle;
 pub mod limits;
+pub mod listing;
 pub mod metrics;
 pub mod node;
 pub mod package;
+pub mod principal;
 pub mod remote;
 pub mod server;
 pub mod store;

@@ -1,10 +1,12 @@
 //! What every program of ours does the same way: read its settings, start logging, stop at a signal, and
 //! say by its exit status whether starting it again could help.
 
+mod environment;
+
 use std::{io::Write, path::PathBuf, process::ExitCode, sync::OnceLock};
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -54,6 +56,8 @@ pub fn run(
             return ExitCode::from(EX_CONFIG);
         }
     };
+    // They are in the settings now, and nowhere that a process list shows.
+    environment::blank(|name| config::find(name).is_some_and(|variable| variable.secret));
     if let Err(error) = telemetry::init(settings.log_format, settings.debug, settings.log_filter.as_deref()) {
         complain(&error.to_string());
         return ExitCode::FAILURE;
@@ -105,6 +109,53 @@ fn stop_on_signals(stop: CancellationToken) -> std::io::Result<()> {
         }
     });
     Ok(())
+}
+
+/// What a SIGHUP is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hangup {
+    /// Somebody wants files read anew.
+    Signal,
+    /// The terminal that the program was started from is gone.
+    Terminal,
+}
+
+/// The SIGHUPs of this process, from the moment of [`Hangups::listen`] on. One that comes before somebody waits
+/// for it is kept.
+pub struct Hangups {
+    signal: Signal,
+    /// The program goes when its terminal does: it has one, and was not started by `nohup`.
+    attached: bool,
+}
+
+impl Hangups {
+    /// Listens from now on. Without this the signal ends the program.
+    pub fn listen() -> std::io::Result<Self> {
+        // What the program was started with, before that is changed.
+        let attached = has_terminal() && !ignores_hangups();
+        Ok(Self { signal: signal(SignalKind::hangup())?, attached })
+    }
+
+    /// The next one.
+    pub async fn next(&mut self) -> Hangup {
+        if self.signal.recv().await.is_none() {
+            return std::future::pending().await;
+        }
+        if self.attached && !has_terminal() { Hangup::Terminal } else { Hangup::Signal }
+    }
+}
+
+/// Whether the process has a terminal that can be spoken to.
+fn has_terminal() -> bool {
+    std::fs::File::open("/dev/tty").is_ok()
+}
+
+/// Whether somebody saw to it that SIGHUP does nothing, as `nohup` does.
+fn ignores_hangups() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    // The signals are bits, of which SIGHUP, the number 1, is the last.
+    ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).is_some_and(|mask| mask & 1 == 1)
 }
 
 /// `host:port` as a socket address is written.

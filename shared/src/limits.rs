@@ -93,6 +93,14 @@ table! {
     /// For how long after the store of a fleet last answered what is remembered of secrets may be used. (That
     /// somebody has none may be used for longer: whoever sets one has to reach every worker.)
     SECRET_TRUST: Duration = Duration::from_secs(60);
+    /// Documents that are encrypted anew in a second when keys are changed; whoever begins that may say another number.
+    REWRAP_RATE: u32 = 200;
+    /// The most that may be said there.
+    REWRAP_RATE_MAX: u32 = 10_000;
+    /// Values that could not be opened then, and are named in the report.
+    REWRAP_NAMED: usize = 100;
+    /// How long new keys wait for the fleet to have them, before they are refused.
+    KEYS_PATIENCE: Duration = Duration::from_secs(5);
     /// How long an operation of MongoDB may take.
     STORE_TIMEOUT: Duration = Duration::from_secs(5);
     /// How long one of the embedded store may take. A disk that is busy is waited for: there is no other store to go
@@ -193,6 +201,10 @@ table! {
     IDLE_TIMEOUT: Duration = Duration::from_secs(75);
     /// How long a client may take to send the head of a request, from its first byte, or from the connection.
     HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+    /// How long a client may take for the handshake of TLS.
+    HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+    /// How long a browser may remember what a preflight request was answered.
+    CORS_MEMORY: Duration = Duration::from_secs(600);
     /// How long a client may take to send the body of a request.
     BODY_TIMEOUT: Duration = Duration::from_secs(30);
     /// Bytes of a request's address.
@@ -201,6 +213,18 @@ table! {
     HEAD_BYTES: usize = 64 * 1024;
     /// Header fields of one request.
     HEADER_COUNT: usize = 100;
+    /// Lines of the audit log that wait to be written. Beyond them changes wait, and what else is recorded is dropped and counted.
+    AUDIT_QUEUE: usize = 4_096;
+    /// How long a change waits for its line; then it is refused.
+    AUDIT_WAIT: Duration = Duration::from_secs(5);
+    /// What `Retry-After` says where the audit log cannot be written.
+    AUDIT_RETRY: Duration = Duration::from_secs(5);
+    /// Refused requests in a second that one process records. Of further ones the number is recorded.
+    AUDIT_DENIALS: u32 = 100;
+    /// Characters of one text in a line of the audit log.
+    AUDIT_TEXT: usize = 256;
+    /// Tools that one such line names.
+    AUDIT_TOOLS: usize = 100;
     /// Fields of one request body.
     BODY_FIELDS: usize = 256;
     /// Nesting of a request body.
@@ -211,13 +235,26 @@ table! {
     COMMAND_BYTES: usize = 1024 * 1024;
     /// The least that `Retry-After` says where calls wait for a server.
     RETRY_LEAST: Duration = Duration::from_secs(1);
-    /// The most that it says there. It is how long the call has waited that waits longest.
-    RETRY_MOST: Duration = Duration::from_secs(30);
+    /// The most that it says there, before it is spread. It is how long those will take that wait.
+    RETRY_MOST: Duration = Duration::from_secs(20);
     /// Users whose rates are remembered, where `USER_MAX_RATE` sets one.
     USERS: usize = 65_536;
-    /// Connections that one gateway serves at once. More than the default of `MAX_CALLS`, so that whoever comes too
-    /// many is told so.
-    CONNECTIONS: usize = 20_000;
+    /// How often a gateway reads API keys again. One that was revoked elsewhere is of no more use after this.
+    API_KEYS_REREAD: Duration = Duration::from_secs(2);
+    /// For how long keys are trusted that could not be read again. After this nobody is let in with one.
+    API_KEYS_TRUST: Duration = Duration::from_secs(60);
+    /// How long a login link is good for.
+    LOGIN_LINK: Duration = Duration::from_secs(600);
+    /// Bytes of a token.
+    TOKEN_BYTES: usize = 16 * 1024;
+    /// How long a request for the public keys of a token's issuer may take.
+    JWKS_TIMEOUT: Duration = Duration::from_secs(5);
+    /// Bytes of its answer.
+    JWKS_BYTES: usize = 1024 * 1024;
+    /// For how long such keys are used without asking for them again.
+    JWKS_MEMORY: Duration = Duration::from_secs(600);
+    /// For how long, if the issuer does not answer.
+    JWKS_TRUST: Duration = Duration::from_secs(86_400);
     /// Connections to a worker's health that are served at once.
     HEALTH_CONNECTIONS: usize = 64;
     /// How long such a connection, which has one request, may take.

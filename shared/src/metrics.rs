@@ -12,6 +12,8 @@ use prometheus_client::{
     registry::Registry,
 };
 
+use crate::crypter::CryptoErrorKind;
+
 /// The media type of [`Exposition::text`].
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
@@ -20,7 +22,7 @@ const PREFIX: &str = "mcp";
 
 macro_rules! limits {
     ($($variant:ident = $text:literal, $meaning:literal;)*) => {
-        /// A limit that a call can meet. The set is closed: it is the values of a label.
+        /// A limit that a call, or a client, can meet. The set is closed: it is the values of a label.
         #[derive(Debug, Clone, Copy, PartialEq, Eq)]
         pub enum Limit {
             $(#[doc = $meaning] $variant,)*
@@ -39,6 +41,7 @@ macro_rules! limits {
 }
 
 limits! {
+    Connections = "gateway_connections", "Connections to a gateway (`MAX_CONNECTIONS`).";
     GatewayCalls = "gateway_calls", "Calls in flight at a gateway (`MAX_CALLS`).";
     GatewayBodies = "gateway_body_bytes", "Bytes of request bodies in flight at a gateway (`MAX_BODY_BYTES`).";
     UserCalls = "user_calls", "Calls in flight of one user (`USER_MAX_CALLS`).";
@@ -56,6 +59,10 @@ struct Counts {
     progress_dropped: Counter,
     slow_consumers: Counter,
     bus_connections: Counter,
+    integrity_failures: Family<Label, Counter>,
+    audit_dropped: Counter,
+    audit_failures: Counter,
+    tool_changes: Counter,
 }
 
 static COUNTS: LazyLock<Counts> = LazyLock::new(|| {
@@ -64,15 +71,23 @@ static COUNTS: LazyLock<Counts> = LazyLock::new(|| {
         // What never happened is shown as 0, so that its first time is seen as a change.
         let _ = refused.get_or_create(&[("reason", limit.as_str())]);
     }
+    let integrity_failures = Family::<Label, Counter>::default();
+    for kind in CryptoErrorKind::ALL {
+        let _ = integrity_failures.get_or_create(&[("kind", kind.as_str())]);
+    }
     Counts {
         refused,
         progress_dropped: Counter::default(),
         slow_consumers: Counter::default(),
         bus_connections: Counter::default(),
+        integrity_failures,
+        audit_dropped: Counter::default(),
+        audit_failures: Counter::default(),
+        tool_changes: Counter::default(),
     }
 });
 
-/// A call was refused because of a limit.
+/// A call, or a connection, was refused because of a limit.
 pub fn count_refusal(limit: Limit) {
     COUNTS.refused.get_or_create(&[("reason", limit.as_str())]).inc();
 }
@@ -92,6 +107,26 @@ pub fn count_bus_connection() {
     COUNTS.bus_connections.inc();
 }
 
+/// A stored value could not be opened: it was changed or moved, or its key is not here.
+pub fn count_integrity_failure(kind: CryptoErrorKind) {
+    COUNTS.integrity_failures.get_or_create(&[("kind", kind.as_str())]).inc();
+}
+
+/// Lines of the audit log were dropped, because they came faster than they were written, or could not be.
+pub fn count_audit_dropped(lines: u64) {
+    COUNTS.audit_dropped.inc_by(lines);
+}
+
+/// Lines of the audit log could not be written.
+pub fn count_audit_failure() {
+    COUNTS.audit_failures.inc();
+}
+
+/// A server listed tools otherwise than before, with nothing changed in its record.
+pub fn count_tool_change() {
+    COUNTS.tool_changes.inc();
+}
+
 /// What one node shows.
 pub struct Exposition {
     registry: Registry,
@@ -101,7 +136,11 @@ impl Default for Exposition {
     fn default() -> Self {
         let mut registry = Registry::with_prefix(PREFIX);
         let counts = &*COUNTS;
-        registry.register("refused", "Calls that were refused because of a limit", counts.refused.clone());
+        registry.register(
+            "refused",
+            "Calls and connections that were refused because of a limit",
+            counts.refused.clone(),
+        );
         registry.register(
             "progress_dropped",
             "Progress events that were dropped because their readers were slow",
@@ -116,6 +155,26 @@ impl Default for Exposition {
             "bus_connections",
             "Connections to NATS that were made",
             counts.bus_connections.clone(),
+        );
+        registry.register(
+            "integrity_failures",
+            "Stored values that could not be decrypted, because they were changed or moved, or their key is not here",
+            counts.integrity_failures.clone(),
+        );
+        registry.register(
+            "audit_dropped",
+            "Lines of the audit log that were dropped",
+            counts.audit_dropped.clone(),
+        );
+        registry.register(
+            "audit_failures",
+            "Attempts to write the audit log that failed",
+            counts.audit_failures.clone(),
+        );
+        registry.register(
+            "tool_changes",
+            "Servers that listed tools otherwise than before, with nothing changed in their records",
+            counts.tool_changes.clone(),
         );
         Self { registry }
     }
@@ -181,6 +240,10 @@ mod tests {
         let text = exposition.text().unwrap();
         for limit in Limit::ALL {
             let line = format!("mcp_refused_total{{reason=\"{}\"}} ", limit.as_str());
+            assert!(text.contains(&line), "{text}");
+        }
+        for kind in CryptoErrorKind::ALL {
+            let line = format!("mcp_integrity_failures_total{{kind=\"{kind}\"}} ");
             assert!(text.contains(&line), "{text}");
         }
         for line in [

@@ -1,21 +1,12 @@
 //! What a node of either program stands on: its store and its key.
 
-use std::{
-    fs::OpenOptions,
-    io::{self, Write},
-    os::unix::fs::OpenOptionsExt,
-    path::{Path, PathBuf},
-    process::ExitCode,
-    time::Duration,
-};
+use std::{io, path::PathBuf, process::ExitCode, time::Duration};
 
-use secrecy::{ExposeSecret, SecretString};
 use tokio::time::{Instant, sleep, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::{Settings, StoreSettings},
-    crypter::{KeyError, generate_key_line},
     lifecycle::{EX_CONFIG, EX_TEMPFAIL, complain, explain},
     store::{
         Store, StoreError,
@@ -25,8 +16,9 @@ use crate::{
     vault::{self, KeySource, Vault, VaultError},
 };
 
-/// The file with the generated key, below `DATA_DIR`.
-pub const KEY_FILE: &str = "secrets.key";
+mod keys;
+
+pub use keys::{KEY_FILE, KeyPlace, Reloader};
 
 /// How long to wait before trying again to reach what does not answer yet; also how often the log says so.
 const AGAIN: Duration = Duration::from_secs(1);
@@ -53,6 +45,9 @@ pub enum NodeError {
         /// What is wrong, and what would mend it.
         cause: String,
     },
+    /// The audit log cannot be written.
+    #[error(transparent)]
+    Audit(#[from] crate::audit::OpenError),
     /// The key is weak, missing or another one than the data was encrypted with.
     #[error("{0}")]
     Key(String),
@@ -79,7 +74,7 @@ impl NodeError {
     /// Whether the settings are to blame, so that starting again changes nothing.
     pub fn is_configuration(&self) -> bool {
         match self {
-            NodeError::Key(_) | NodeError::BusUnfit { .. } => true,
+            NodeError::Key(_) | NodeError::BusUnfit { .. } | NodeError::Audit(_) => true,
             NodeError::Open(error) => match error {
                 // Another program may go away; a damaged file and missing rights do not mend themselves.
                 ConnectError::Embedded(error) => !matches!(error, OpenError::Locked { .. }),
@@ -107,6 +102,11 @@ impl NodeError {
             return ExitCode::SUCCESS;
         }
         complain(&explain(self));
+        self.status()
+    }
+
+    /// The exit status, for whoever has told already.
+    pub fn status(&self) -> ExitCode {
         ExitCode::from(if self.is_configuration() { EX_CONFIG } else { EX_TEMPFAIL })
     }
 }
@@ -117,6 +117,7 @@ impl From<VaultError> for NodeError {
             VaultError::Weak { .. }
             | VaultError::KeyMismatch { .. }
             | VaultError::KeyMissing { .. }
+            | VaultError::KeyRetired { .. }
             | VaultError::Key(_) => NodeError::Key(error.to_string()),
             VaultError::Store(error) => NodeError::Store(error),
             other => NodeError::Vault(other),
@@ -163,10 +164,11 @@ pub async fn open(settings: &Settings, stop: &CancellationToken) -> Result<Vault
         let key = match key(settings, &*store).await? {
             Some(key) => key,
             None => {
-                let path = settings.data_dir.join(KEY_FILE);
-                generate(&path)?;
+                let place = KeyPlace::of(settings);
+                let path = place.generate()?;
                 tracing::info!(path = %path.display(), "a new key was generated; without this file stored secrets cannot be read");
-                read(settings, &path)?
+                let read = place.read()?;
+                read.ok_or_else(|| NodeError::Key(format!("{}: it is gone again", path.display())))?
             }
         };
         let opened = Vault::open(store, key, settings.legacy).await;
@@ -196,19 +198,14 @@ pub async fn inspect(settings: &Settings) -> Result<Inspected, NodeError> {
     Ok(Inspected { description, vault: vault.await })
 }
 
-/// Where the key comes from, for messages about it.
-pub fn key_source(settings: &Settings) -> String {
-    match (&settings.secrets_key, &settings.secrets_keys_file) {
-        (Some(_), _) => "SECRETS_KEY".to_owned(),
-        (None, Some(path)) => format!("SECRETS_KEYS_FILE ({})", path.display()),
-        (None, None) => settings.data_dir.join(KEY_FILE).display().to_string(),
-    }
-}
-
 /// An error about the key says which one is meant.
 fn named(settings: &Settings, error: VaultError) -> NodeError {
+    named_by(&KeyPlace::of(settings), error)
+}
+
+fn named_by(place: &KeyPlace, error: VaultError) -> NodeError {
     match NodeError::from(error) {
-        NodeError::Key(text) => NodeError::Key(format!("{}: {text}", key_source(settings))),
+        NodeError::Key(text) => NodeError::Key(format!("{}: {text}", place.shown())),
         other => other,
     }
 }
@@ -216,16 +213,10 @@ fn named(settings: &Settings, error: VaultError) -> NodeError {
 /// The key from the settings, else the one that was generated here. `None`: nothing was ever encrypted
 /// here, so that a new key takes nothing away.
 async fn key(settings: &Settings, store: &dyn Store) -> Result<Option<KeySource>, NodeError> {
-    if let Some(key) = &settings.secrets_key {
-        return Ok(Some(KeySource::Text(key.clone())));
-    }
-    if let Some(path) = &settings.secrets_keys_file {
-        return read(settings, path).map(Some);
+    if let Some(key) = KeyPlace::of(settings).read()? {
+        return Ok(Some(key));
     }
     let path = settings.data_dir.join(KEY_FILE);
-    if path.exists() {
-        return read(settings, &path).map(Some);
-    }
     if vault::was_used(store).await? {
         return Err(NodeError::Key(format!(
             "the data in {} was encrypted with a key that is not here: put {} back, or set SECRETS_KEY or \
@@ -238,36 +229,6 @@ async fn key(settings: &Settings, store: &dyn Store) -> Result<Option<KeySource>
         )));
     }
     Ok(None)
-}
-
-/// Reads a key ring. One that cannot be read is a mistake in the settings, not a fault that passes.
-fn read(settings: &Settings, path: &Path) -> Result<KeySource, NodeError> {
-    let contents = std::fs::read_to_string(path).map(SecretString::from);
-    contents
-        .map(KeySource::RingFile)
-        .map_err(|error| NodeError::Key(format!("{} cannot be read: {error}", key_source(settings))))
-}
-
-/// Writes a new key where only the owner can read it. It is complete under its name or not there.
-fn generate(path: &Path) -> Result<(), NodeError> {
-    let line = generate_key_line().map_err(|error: KeyError| NodeError::Key(error.to_string()))?;
-    let staged = path.with_extension("new");
-    let write = || -> io::Result<()> {
-        // The embedded store has made its folder; with MongoDB the key may be the first thing in it.
-        if let Some(folder) = path.parent() {
-            std::fs::create_dir_all(folder)?;
-        }
-        let _ = std::fs::remove_file(&staged);
-        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&staged)?;
-        writeln!(file, "{}", line.expose_secret())?;
-        file.sync_all()?;
-        std::fs::rename(&staged, path)?;
-        match path.parent() {
-            Some(folder) => std::fs::File::open(folder)?.sync_all(),
-            None => Ok(()),
-        }
-    };
-    write().map_err(|source| NodeError::File { path: path.to_owned(), source })
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 
 pub mod authorization;
 pub mod fixture;
+pub mod fuzz;
 mod http;
 pub mod link;
 pub mod registry;

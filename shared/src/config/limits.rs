@@ -5,6 +5,8 @@ use super::{ConfigError, Reader, parse};
 /// What a node takes in at once. Whatever comes beyond is refused without waiting.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LimitSettings {
+    /// Connections of clients that one gateway serves at once.
+    pub connections: usize,
     /// Calls in flight at one gateway.
     pub calls: usize,
     /// Bytes of request bodies in flight at one gateway.
@@ -15,6 +17,10 @@ pub struct LimitSettings {
     pub worker_calls: usize,
     /// Calls that may wait for a free slot of one server on one worker.
     pub server_queue: usize,
+    /// Processes that one server may have, with all that it starts.
+    pub server_processes: Option<u64>,
+    /// Bytes of memory that they may take together.
+    pub server_memory: Option<u64>,
 }
 
 /// What each user may ask; `None`: as much as there is room for. The default has no limit.
@@ -29,14 +35,20 @@ pub struct UserLimits {
 impl Default for LimitSettings {
     fn default() -> Self {
         Self {
+            connections: 20_000,
             calls: 16_384,
             body_bytes: 256 * 1024 * 1024,
             user: UserLimits::default(),
             worker_calls: 16_384,
             server_queue: 1_024,
+            server_processes: Some(1_024),
+            server_memory: None,
         }
     }
 }
+
+/// Calls in flight that a user may have where users are known, and nothing else is said.
+const USER_CALLS: usize = 256;
 
 /// The most that a number of calls can be set to.
 pub const MOST_CALLS: usize = 1_000_000;
@@ -55,6 +67,11 @@ fn count_or_none(text: &str) -> Result<Option<usize>, parse::Valid> {
     unless_none(text, |text| count(text).ok()).ok_or("a whole number from 1 to 1000000, or none")
 }
 
+fn memory_or_none(text: &str) -> Result<Option<u64>, parse::Valid> {
+    let bytes = |text: &str| parse::room(text).ok().and_then(|bytes| u64::try_from(bytes).ok());
+    unless_none(text, bytes).ok_or("a size from 1mb to 64gb, such as 2gb, or none")
+}
+
 fn rate_or_none(text: &str) -> Result<Option<f64>, parse::Valid> {
     let read = |text: &str| {
         let plain = text.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.');
@@ -65,13 +82,21 @@ fn rate_or_none(text: &str) -> Result<Option<f64>, parse::Valid> {
 }
 
 impl Reader {
-    pub(super) fn limits(&mut self, payload_limit: Option<usize>) -> Option<LimitSettings> {
+    /// `asked` is whether callers are known: then each has a limit, where nobody says otherwise.
+    pub(super) fn limits(&mut self, payload_limit: Option<usize>, asked: bool) -> Option<LimitSettings> {
+        let connections = self.required("MAX_CONNECTIONS", count);
         let calls = self.required("MAX_CALLS", count);
         let body_bytes = self.required("MAX_BODY_BYTES", parse::room);
-        let user_calls = self.required("USER_MAX_CALLS", count_or_none);
+        let usual = asked.then_some(USER_CALLS);
+        let user_calls = match self.raw("USER_MAX_CALLS") {
+            None => Some(usual),
+            Some(_) => self.optional("USER_MAX_CALLS", count_or_none),
+        };
         let rate = self.required("USER_MAX_RATE", rate_or_none);
         let worker_calls = self.required("WORKER_MAX_CALLS", count);
         let server_queue = self.required("SERVER_QUEUE", count);
+        let server_processes = self.required("SERVER_MAX_PROCESSES", count_or_none);
+        let server_memory = self.required("SERVER_MAX_MEMORY", memory_or_none);
         if let (Some(room), Some(one)) = (body_bytes, payload_limit)
             && room < one
         {
@@ -79,11 +104,14 @@ impl Reader {
             self.problems.push(ConfigError::new("MAX_BODY_BYTES", text));
         }
         Some(LimitSettings {
+            connections: connections?,
             calls: calls?,
             body_bytes: body_bytes?,
             user: UserLimits { calls: user_calls?, rate: rate? },
             worker_calls: worker_calls?,
             server_queue: server_queue?,
+            server_processes: server_processes?.and_then(|count| u64::try_from(count).ok()),
+            server_memory: server_memory?,
         })
     }
 }

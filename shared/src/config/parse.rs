@@ -5,7 +5,7 @@ use std::{fmt, net::IpAddr, path::PathBuf, time::Duration};
 
 use tracing_subscriber::EnvFilter;
 
-use super::{Auth, LogFormat};
+use super::LogFormat;
 use crate::crypter::LegacyMode;
 
 /// What would be valid.
@@ -100,7 +100,7 @@ pub(super) fn whole(text: &str) -> Option<u64> {
 }
 
 /// Splits a comma list, reads each entry and drops repetitions.
-fn list(text: &str, each: impl Fn(&str) -> Result<String, Valid>) -> Result<Vec<String>, Valid> {
+pub(super) fn list(text: &str, each: impl Fn(&str) -> Result<String, Valid>) -> Result<Vec<String>, Valid> {
     let mut out = Vec::new();
     for part in text.split(',').map(str::trim).filter(|part| !part.is_empty()) {
         let entry = each(part)?;
@@ -233,10 +233,6 @@ pub(super) fn legacy(text: &str) -> Result<LegacyMode, Valid> {
         "off" => Ok(LegacyMode::Off),
         _ => Err("rw, ro or off"),
     }
-}
-
-pub(super) fn auth(text: &str) -> Result<Auth, Valid> {
-    if text.eq_ignore_ascii_case("none") { Ok(Auth::None) } else { Err("none") }
 }
 
 pub(super) fn path(text: &str) -> Result<PathBuf, Valid> {

@@ -29,17 +29,9 @@ pub const VARIABLES: &[Variable] = &[
         "127.0.0.1",
         Group::Http,
         Since::Now,
-        "Address to listen on. Anything but loopback is refused unless AUTH=none is set as well.",
+        "Address to listen on. Anything but loopback is refused unless AUTH is set as well.",
     ),
     plain("PORT", "8080", Group::Http, Since::Now, "HTTP server port; 0 picks a free one and logs it."),
-    plain(
-        "AUTH",
-        "none on loopback",
-        Group::Http,
-        Since::Now,
-        "Who is let in. The only value of this version is none: something in front authenticates, or \
-         everyone who can connect is trusted.",
-    ),
     plain(
         "ALLOWED_HOSTS",
         "loopback names",
@@ -56,6 +48,23 @@ pub const VARIABLES: &[Variable] = &[
         "Origins of web pages, comma-separated, that may send requests besides those on loopback names, \
          such as https://app.example.com.",
     ),
+    plain(
+        "CORS_ORIGINS",
+        "",
+        Group::Http,
+        Since::Now,
+        "Origins of web pages, comma-separated, whose scripts may also read the answers to their requests (CORS): each \
+         in full, never with *. Unset: no page may.",
+    ),
+    plain(
+        "TLS_CERT_FILE",
+        "",
+        Group::Http,
+        Since::Now,
+        "Certificate to serve HTTPS with instead of HTTP, in PEM, with those that it comes from after it; read again \
+         on SIGHUP.",
+    ),
+    plain("TLS_KEY_FILE", "", Group::Http, Since::Now, "The key of that certificate, in PEM."),
     plain(
         "PAYLOAD_LIMIT",
         "6mb",
@@ -81,6 +90,65 @@ pub const VARIABLES: &[Variable] = &[
          request. From 0 to 600; longer than a balancer needs to notice.",
     ),
     plain(
+        "AUTH",
+        "none on loopback",
+        Group::Auth,
+        Since::Now,
+        "Who is let in: keys (API keys), jwt (tokens of an OIDC issuer), both with a comma between them, or none: \
+         something in front authenticates, or everyone who can connect is trusted.",
+    ),
+    plain(
+        "JWT_ISSUER",
+        "",
+        Group::Auth,
+        Since::Now,
+        "With AUTH=jwt: the issuer of tokens, as their claim iss has it.",
+    ),
+    plain(
+        "JWT_AUDIENCE",
+        "",
+        Group::Auth,
+        Since::Now,
+        "With AUTH=jwt: what the claim aud of tokens must have; several comma-separated, of which one must be there.",
+    ),
+    plain(
+        "JWT_JWKS_URL",
+        "as the issuer's discovery document says",
+        Group::Auth,
+        Since::Now,
+        "Where the issuer's public keys are.",
+    ),
+    plain(
+        "JWT_ALGORITHMS",
+        "RS256,PS256,ES256,EdDSA",
+        Group::Auth,
+        Since::Now,
+        "How tokens may be signed: also RS384, RS512, PS384, PS512, ES384. There is none with a shared secret.",
+    ),
+    plain("JWT_USER_CLAIM", "sub", Group::Auth, Since::Now, "The claim of tokens that names the user."),
+    plain(
+        "JWT_SCOPE_CLAIM",
+        "scope",
+        Group::Auth,
+        Since::Now,
+        "The claim of tokens that lists scopes, as a text with spaces or as an array.",
+    ),
+    plain(
+        "JWT_SCOPE_PREFIX",
+        "mcp:",
+        Group::Auth,
+        Since::Now,
+        "What stands before this program's scopes in tokens: mcp:call, mcp:secrets, and so on.",
+    ),
+    plain(
+        "MAX_CONNECTIONS",
+        "20000",
+        Group::Limits,
+        Since::Now,
+        "Connections of clients that one gateway serves at once; further ones are closed. From 1 to 1000000, and better \
+         more than MAX_CALLS, so that whoever comes too many is told so.",
+    ),
+    plain(
         "MAX_CALLS",
         "16384",
         Group::Limits,
@@ -97,7 +165,7 @@ pub const VARIABLES: &[Variable] = &[
     ),
     plain(
         "USER_MAX_CALLS",
-        "none",
+        "256 with AUTH=keys or jwt, else none",
         Group::Limits,
         Since::Now,
         "Calls in flight of one user; further ones are answered with 429 rate_limited. Each gateway counts the calls that \
@@ -129,6 +197,22 @@ pub const VARIABLES: &[Variable] = &[
          deadlines; further ones are treated as those of WORKER_MAX_CALLS. From 1 to 1000000.",
     ),
     plain(
+        "SERVER_MAX_PROCESSES",
+        "1024",
+        Group::Limits,
+        Since::Now,
+        "Processes that one process of a server may have with all that it starts; with more it is ended and started \
+         again as after a crash. Counted every two seconds. From 1 to 1000000; none: no limit.",
+    ),
+    plain(
+        "SERVER_MAX_MEMORY",
+        "none",
+        Group::Limits,
+        Since::Now,
+        "Memory that these may take together, in the same way; from 1mb to 64gb. none: no limit but the machine's, \
+         and the kernel ends servers first.",
+    ),
+    plain(
         "DATA_DIR",
         "./data",
         Group::Storage,
@@ -148,8 +232,9 @@ pub const VARIABLES: &[Variable] = &[
         "",
         Group::Secrets,
         Since::Now,
-        "File with a key ring instead of SECRETS_KEY: lines of kid:base64 of 32 bytes, the first one \
-         encrypts.",
+        "File with a key ring: lines of kid:base64 of 32 bytes, the first one encrypts. It is read again at \
+         SIGHUP. With SECRETS_KEY set as well, that one is the key of the line k1:SECRETS_KEY, and otherwise for \
+         values in the format of earlier versions only.",
     ),
     plain(
         "LEGACY_SECRETS",
@@ -179,6 +264,45 @@ pub const VARIABLES: &[Variable] = &[
         Group::Logging,
         Since::Now,
         "Log filter, such as info or mcp_gateway=debug,warn.",
+    ),
+    plain(
+        "AUDIT_FILE",
+        "audit/audit.jsonl",
+        Group::Audit,
+        Since::Now,
+        "File of the audit log; the default is below DATA_DIR. Each process has a file of its own: one that finds it \
+         taken writes audit-2.jsonl, and so on.",
+    ),
+    plain(
+        "AUDIT_CALLS",
+        "denied",
+        Group::Audit,
+        Since::Now,
+        "Calls of tools that the audit log has: none, denied (refused for want of a right), or all.",
+    ),
+    plain(
+        "AUDIT_ROTATE_SIZE",
+        "64mb",
+        Group::Audit,
+        Since::Now,
+        "Size at which the file is put aside, under the number of its first line, and the next begun: from 1kb to \
+         1gb. Nothing is ever deleted.",
+    ),
+    plain(
+        "COMMANDS_ALLOW",
+        "all but shells",
+        Group::Children,
+        Since::Now,
+        "Programs, comma-separated, that servers may be started with: names as records have them, or absolute paths. \
+         Only these then, and what installed packages bring along; with * everything but shells, and these.",
+    ),
+    plain(
+        "ENV_ALLOW",
+        "",
+        Group::Children,
+        Since::Now,
+        "Environment variables, comma-separated, that records of servers may set although they make programs run \
+         other code, such as NODE_OPTIONS.",
     ),
     plain(
         "INSTALL_ON_START",

@@ -39,7 +39,7 @@ impl Drop for EnvFile {
 fn nothing_set_gives_the_defaults() {
     let settings = load(&[]).unwrap();
     assert_eq!(settings.host, ListenHost::Address(IpAddr::V4(Ipv4Addr::LOCALHOST)));
-    assert_eq!((settings.port, settings.auth, settings.debug), (8080, Auth::Unset, false));
+    assert_eq!((settings.port, &settings.auth, settings.debug), (8080, &Auth::Unset, false));
     assert_eq!(settings.data_dir, Path::new("./data"));
     assert_eq!(settings.payload_limit, 6 * 1024 * 1024);
     assert_eq!(settings.shutdown_timeout, Duration::from_secs(30));
@@ -95,23 +95,32 @@ fn every_value_is_read() {
         ("WORKER_HOST", "0.0.0.0"),
         ("WORKER_PORT", "0"),
         ("START_TIMEOUT_SECONDS", "5"),
+        ("MAX_CONNECTIONS", "300"),
+        ("CORS_ORIGINS", "https://Page.example.com:443, http://localhost:5173"),
+        ("TLS_CERT_FILE", "/etc/cert.pem"),
+        ("TLS_KEY_FILE", "/etc/key.pem"),
         ("PATH", "/bin"),
     ])
     .unwrap();
     assert_eq!(settings.host, ListenHost::Address(IpAddr::V6(Ipv6Addr::LOCALHOST)));
-    assert_eq!((settings.port, settings.auth, settings.debug), (0, Auth::None, true));
+    assert_eq!((settings.port, &settings.auth, settings.debug), (0, &Auth::None, true));
     assert_eq!(settings.allowed_hosts, ["tools.example.com", "10.0.0.7:8080", "[fd00::1]:90", "mcp_api"]);
     assert_eq!(
         settings.allowed_origins,
         ["https://app.example.com", "http://localhost:3000", "chrome-extension://abc"]
     );
     assert_eq!(settings.payload_limit, 512 * 1024);
+    assert_eq!(settings.http.cors_origins, ["https://page.example.com", "http://localhost:5173"]);
+    let tls = settings.http.tls.unwrap();
+    assert_eq!((tls.certificate, tls.key), ("/etc/cert.pem".into(), "/etc/key.pem".into()));
     let limits = LimitSettings {
+        connections: 300,
         calls: 100,
         body_bytes: 3 << 29,
         user: UserLimits { calls: Some(8), rate: Some(0.5) },
         worker_calls: 200,
         server_queue: 10,
+        ..LimitSettings::default()
     };
     assert_eq!(settings.limits, limits);
     assert_eq!(settings.shutdown_timeout, Duration::from_secs(600));
@@ -207,9 +216,8 @@ fn bad_values_are_refused_with_what_would_be_valid() {
         ("PORT", "+80", "a number"),
         ("PORT", "80\r\nX", "`80  X`"),
         ("PORT", &long, "xxx…`"),
-        ("AUTH", "keys", "AUTH: keys and jwt are not part of this version; valid: none"),
-        ("AUTH", "JWT", "AUTH: keys and jwt are not part of this version; valid: none"),
-        ("AUTH", "off", "valid: none"),
+        ("AUTH", "off", "valid: keys, jwt, both with a comma between them, or none"),
+        ("AUTH", "none,keys", "valid: keys, jwt"),
         ("ALLOWED_HOSTS", "*", "DNS rebinding"),
         ("ALLOWED_HOSTS", "ok.example,*.example.com", "DNS rebinding"),
         ("ALLOWED_HOSTS", "https://a", "host or host:port"),
@@ -300,18 +308,12 @@ fn listening_for_others_needs_a_word_on_authentication() {
 fn everything_wrong_is_reported_at_once() {
     let file = EnvFile::new("many", "PROT=1\nnonsense\nLOG_FORMAT=xml\n");
     let errors = file
-        .load(&[
-            ("PORT", "x"),
-            ("DEBUG", "x"),
-            ("MONGODB_URI", "x"),
-            ("SECRETS_KEY", "k"),
-            ("SECRETS_KEYS_FILE", "f"),
-        ])
+        .load(&[("PORT", "x"), ("DEBUG", "x"), ("MONGODB_URI", "x"), ("LEGACY_SECRETS", "x")])
         .unwrap_err();
     let text = errors.to_string();
     assert_eq!(text.lines().count(), 7, "{text}");
     assert_eq!(errors.problems().len(), 7);
-    assert!(text.contains("SECRETS_KEYS_FILE: SECRETS_KEY is set as well; set only one"), "{text}");
+    assert!(text.contains("LEGACY_SECRETS: `x` is not valid; valid: rw, ro or off"), "{text}");
 }
 
 #[test]

@@ -18,6 +18,8 @@ pub enum Since {
 pub enum Group {
     /// Where the program listens and whom it answers.
     Http,
+    /// Who is let in.
+    Auth,
     /// How much is taken in at once.
     Limits,
     /// Where data is kept.
@@ -26,6 +28,10 @@ pub enum Group {
     Secrets,
     /// What is logged and how.
     Logging,
+    /// Who did what.
+    Audit,
+    /// Which programs may be servers.
+    Children,
     /// Packages and built-in tools.
     Packages,
     /// Remote servers and logins to them.
@@ -38,10 +44,13 @@ impl Group {
     /// All groups, in the order in which they are explained.
     pub const ALL: &'static [Group] = &[
         Group::Http,
+        Group::Auth,
         Group::Limits,
         Group::Storage,
         Group::Secrets,
         Group::Logging,
+        Group::Audit,
+        Group::Children,
         Group::Packages,
         Group::Remote,
         Group::Cluster,
@@ -51,10 +60,13 @@ impl Group {
     pub fn title(self) -> &'static str {
         match self {
             Group::Http => "Listening",
+            Group::Auth => "Authentication",
             Group::Limits => "Limits",
             Group::Storage => "Storage",
             Group::Secrets => "Secrets",
             Group::Logging => "Logging",
+            Group::Audit => "Audit",
+            Group::Children => "Programs that may be servers",
             Group::Packages => "Packages and built-in tools",
             Group::Remote => "Remote servers",
             Group::Cluster => "Clusters and MongoDB",
