@@ -20,7 +20,9 @@ use crate::{
 };
 
 /// The oldest version of NATS that is known to do.
-const OLDEST: (u64, u64) = (2, 10);
+const OLDEST: [u64; 3] = [2, 10, 0];
+/// The oldest version without holes that need no login (CVE-2026-27571, CVE-2026-33219, GO-2026-4826).
+const SAFE: [u64; 3] = [2, 12, 6];
 
 /// Why NATS cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -46,7 +48,11 @@ impl Bus {
         let options = options(settings)?;
         let bus =
             Bus::connect(options, addresses(settings)?, &settings.prefix, node).await.map_err(explain)?;
-        fit(settings, &bus.client().server_info())?;
+        let info = bus.client().server_info();
+        fit(settings, &info)?;
+        if let Some(holes) = holes(&info) {
+            tracing::warn!("{holes}");
+        }
         Ok(bus)
     }
 }
@@ -58,6 +64,9 @@ pub async fn check(settings: &BusSettings) -> Result<(String, Vec<NodeReport>), 
         options(settings)?.name("mcp-api check").connect(addresses(settings)?).await.map_err(explain)?;
     let info = client.server_info();
     fit(settings, &info)?;
+    if let Some(holes) = holes(&info) {
+        return Err(OpenError::Unfit(holes));
+    }
     let login = if info.auth_required { "asks for a login" } else { "asks nobody for a login" };
     let nodes = listen(&client, &Subjects::new(&settings.prefix)).await?;
     let description = format!(
@@ -118,19 +127,32 @@ fn addresses(settings: &BusSettings) -> Result<Vec<ServerAddr>, OpenError> {
     settings.servers.iter().map(parse).collect()
 }
 
-/// Anybody who can speak on the bus can call tools as any user, so a server that lets everybody in is
-/// used only where the settings allow it.
 /// Bytes that a message must be allowed to have: a part of a body with what stands around it, and the beat of a
 /// worker with many servers.
 const SMALLEST: usize = 512 * 1024;
 
+/// The three numbers of a version. What is no number, as in versions before the final one, is 0.
+fn numbers(version: &str) -> [u64; 3] {
+    let mut numbers = version.split('.').map(|number| number.parse().unwrap_or(0));
+    [(); 3].map(|()| numbers.next().unwrap_or(0))
+}
+
+/// What is to be said of a server with known holes.
+fn holes(info: &ServerInfo) -> Option<String> {
+    let [major, minor, patch] = SAFE;
+    (numbers(&info.version) < SAFE).then(|| {
+        format!(
+            "version {} of NATS has holes that need no login: {major}.{minor}.{patch} or newer has them mended",
+            info.version
+        )
+    })
+}
+
+/// Anybody who can speak on the bus can call tools as any user, so a server that lets everybody in is
+/// used only where the settings allow it.
 fn fit(settings: &BusSettings, info: &ServerInfo) -> Result<(), OpenError> {
-    let version = {
-        let mut numbers = info.version.split('.').map(|number| number.parse::<u64>().unwrap_or(0));
-        (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
-    };
-    if version < OLDEST {
-        let (major, minor) = OLDEST;
+    if numbers(&info.version) < OLDEST {
+        let [major, minor, _] = OLDEST;
         return Err(OpenError::Unfit(format!("version {} is older than {major}.{minor}", info.version)));
     }
     if !info.headers {
@@ -165,6 +187,9 @@ fn explain(error: async_nats::ConnectError) -> OpenError {
         | ConnectErrorKind::AuthorizationViolation
         | ConnectErrorKind::ServerParse
         | ConnectErrorKind::Tls => OpenError::Unfit(text),
+        // The client says so of the handshake as of every other loss of the connection. No other server comes by
+        // waiting.
+        _ if text.contains("certificate") || text.contains("corrupt message") => OpenError::Unfit(text),
         _ => OpenError::Unreachable(text),
     }
 }

@@ -6,6 +6,8 @@ pub mod caller;
 pub mod connect;
 pub mod fleet;
 pub mod frames;
+#[cfg(any(test, feature = "testing"))]
+pub mod fuzzing;
 mod micro;
 pub mod router;
 pub mod server;

@@ -78,8 +78,8 @@ struct Inner {
     /// Somebody new wants to hear what this node is.
     asked: Notify,
     fleet: RwLock<FleetView>,
-    /// What this node was when it joined.
-    me: NodeReport,
+    /// What this node said of itself last.
+    me: Mutex<NodeReport>,
     /// Nodes that cannot be of one fleet with this one, and why.
     strangers: Mutex<LruCache<WorkerId, String>>,
     /// Attempts under way, by their ids.
@@ -135,7 +135,7 @@ impl Router {
     pub async fn join(bus: Bus, describe: Describe, changed: watch::Receiver<()>) -> Result<Self, OpenError> {
         let (errands, orders) = mpsc::channel(ERRANDS);
         let inner = Arc::new(Inner {
-            me: describe(),
+            me: Mutex::new(describe()),
             strangers: Mutex::new(LruCache::new(STRANGERS)),
             describe,
             asked: Notify::new(),

@@ -38,7 +38,7 @@ use crate::{
 
 mod calls;
 mod drain;
-mod front_door;
+pub(crate) mod front_door;
 mod placement;
 mod questions;
 

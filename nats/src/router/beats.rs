@@ -50,7 +50,7 @@ impl Inner {
     /// Takes a node into the view of the fleet, unless it cannot be of this fleet: it would look for
     /// servers and secrets where they are not.
     fn meet(&self, now: Now, report: NodeReport) {
-        let Some(why) = self.me.disagreement(&report) else {
+        let Some(why) = self.disagreement(&report) else {
             return self.fleet_mut().beat(now, report);
         };
         let mut strangers = lock(&self.strangers);
@@ -58,6 +58,16 @@ impl Inner {
             tracing::error!(node = %report.id, %why, "a node is passed over that cannot be of this fleet");
         }
         strangers.put(report.id, why);
+    }
+
+    /// Why a node cannot be of one fleet with this one, if it cannot.
+    fn disagreement(&self, report: &NodeReport) -> Option<String> {
+        lock(&self.me).disagreement(report)?;
+        // Keys are exchanged while nodes run, and since its last beat this one may have others.
+        let me = (self.describe)();
+        let why = me.disagreement(report);
+        *lock(&self.me) = me;
+        why
     }
 
     /// Says what this node is, each second and whenever it has something new to say.
@@ -88,7 +98,9 @@ impl Inner {
     }
 
     pub(super) async fn show_up(&self) {
-        self.say(&Beat::Here((self.describe)())).await;
+        let me = (self.describe)();
+        lock(&self.me).clone_from(&me);
+        self.say(&Beat::Here(me)).await;
     }
 
     async fn say(&self, beat: &Beat) {

@@ -74,7 +74,7 @@ impl Crowds {
             self.any.store(!refused.is_empty(), Ordering::Relaxed);
             return None;
         }
-        (one.count >= CROWD && now < one.last + MOMENT).then(|| one.told.clone())
+        (one.count >= CROWD && now < one.last + MOMENT).then(|| one.told.clone().spread())
     }
 }
 

@@ -18,7 +18,10 @@ use serde::Deserialize;
 use tokio::sync::Semaphore;
 
 use super::Inner;
-use crate::{micro, subjects::token};
+use crate::{
+    micro,
+    subjects::{Subjects, token},
+};
 
 /// Calls of services that one worker sees to at once; and refusals of further ones that may wait to be sent.
 const OPEN: usize = 1_024;
@@ -109,13 +112,14 @@ impl Inner {
 
     async fn serve(&self, request: &Request) -> Bytes {
         let id = RequestId::generate();
-        let (id, result) = match self.read(&request.message.subject, &request.message.payload, id.clone()) {
-            Ok((context, call)) => {
-                let id = context.request_id.clone();
-                (id, self.call(context, call).await)
-            }
-            Err(error) => (id, Err(error.outcome(Outcome::NotStarted))),
-        };
+        let (id, result) =
+            match read(self.bus.subjects(), &request.message.subject, &request.message.payload, id.clone()) {
+                Ok((context, call)) => {
+                    let id = context.request_id.clone();
+                    (id, self.call(context, call).await)
+                }
+                Err(error) => (id, Err(error.outcome(Outcome::NotStarted))),
+            };
         match result {
             Ok(result) => {
                 let reply = answer::success(&result);
@@ -136,54 +140,53 @@ impl Inner {
     async fn call(&self, context: CallContext, call: ToolCall) -> Result<RawJson, WorkerError> {
         let not_started = |error: WorkerError| error.or_outcome(Outcome::NotStarted);
         let _entered = self.host.enter(&context.user).map_err(not_started)?;
+        self.host.record_call(&context, &call);
         let stream = self.router.call_tool(context, call).await.map_err(not_started)?;
         stream.result().await.map_err(|error| error.or_outcome(Outcome::Unknown))
     }
+}
 
-    fn read(
-        &self,
-        subject: &str,
-        payload: &Bytes,
-        id: RequestId,
-    ) -> Result<(CallContext, ToolCall), WorkerError> {
-        let invalid = |text: &str| WorkerError::new(ErrorCode::InvalidRequest, text);
-        let (server, user) = self
-            .bus
-            .subjects()
-            .called(subject)
-            .ok_or_else(|| invalid("The subject names no server and user"))?;
-        mcp_shared::json::screen(payload)
-            .map_err(|_| WorkerError::new(ErrorCode::InvalidJson, "The request is not JSON"))?;
-        let call: Call = serde_json::from_slice(payload)
-            .map_err(|_| invalid("A request is {\"tool\":\"...\",\"args\":{...}}"))?;
-        // A permission on the subject confines a service: what it says in the body cannot undo that.
-        let server = named(server, call.server, "server")?;
-        let user = named(user, call.user, "user")?;
-        let server = ServerName::parse_existing(&server)
-            .map_err(|error| WorkerError::new(ErrorCode::InvalidServerName, error.to_string()))?;
-        let user = UserId::parse(&user).map_err(|error| invalid(&error.to_string()))?;
-        let tool = call.tool.ok_or_else(|| invalid("tool is required"))?;
-        let tool = ToolName::parse(&tool).map_err(|error| invalid(&error.to_string()))?;
-        let arguments = match call.args {
-            None => RawJson::empty_object(),
-            Some(args) if args.as_bytes() == b"null" => RawJson::empty_object(),
-            Some(args) if args.is_object() => args,
-            Some(_) => return Err(invalid("args must be a JSON object")),
-        };
-        let request_id = match call.request_id {
-            Some(own) => {
-                own.parse().map_err(|_| invalid("requestId must be 1 to 128 visible ASCII characters"))?
-            }
-            None => id,
-        };
-        let timeout = match call.timeout_ms {
-            Some(0) => return Err(invalid("timeoutMs must be above 0")),
-            Some(millis) => Some(Duration::from_millis(millis).min(limits::TOOL_TIMEOUT_MAX)),
-            None => None,
-        };
-        let context = CallContext { request_id, user, timeout, spent: Duration::ZERO };
-        Ok((context, ToolCall { server, tool, arguments, progress: false, idempotency: None }))
-    }
+/// What a service wants, by the subject and the body of its request.
+pub(crate) fn read(
+    subjects: &Subjects,
+    subject: &str,
+    payload: &Bytes,
+    id: RequestId,
+) -> Result<(CallContext, ToolCall), WorkerError> {
+    let invalid = |text: &str| WorkerError::new(ErrorCode::InvalidRequest, text);
+    let (server, user) =
+        subjects.called(subject).ok_or_else(|| invalid("The subject names no server and user"))?;
+    mcp_shared::json::screen(payload)
+        .map_err(|_| WorkerError::new(ErrorCode::InvalidJson, "The request is not JSON"))?;
+    let call: Call = serde_json::from_slice(payload)
+        .map_err(|_| invalid("A request is {\"tool\":\"...\",\"args\":{...}}"))?;
+    // A permission on the subject confines a service: what it says in the body cannot undo that.
+    let server = named(server, call.server, "server")?;
+    let user = named(user, call.user, "user")?;
+    let server = ServerName::parse_existing(&server)
+        .map_err(|error| WorkerError::new(ErrorCode::InvalidServerName, error.to_string()))?;
+    let user = UserId::parse(&user).map_err(|error| invalid(&error.to_string()))?;
+    let tool = call.tool.ok_or_else(|| invalid("tool is required"))?;
+    let tool = ToolName::parse(&tool).map_err(|error| invalid(&error.to_string()))?;
+    let arguments = match call.args {
+        None => RawJson::empty_object(),
+        Some(args) if args.as_bytes() == b"null" => RawJson::empty_object(),
+        Some(args) if args.is_object() => args,
+        Some(_) => return Err(invalid("args must be a JSON object")),
+    };
+    let request_id = match call.request_id {
+        Some(own) => {
+            own.parse().map_err(|_| invalid("requestId must be 1 to 128 visible ASCII characters"))?
+        }
+        None => id,
+    };
+    let timeout = match call.timeout_ms {
+        Some(0) => return Err(invalid("timeoutMs must be above 0")),
+        Some(millis) => Some(Duration::from_millis(millis).min(limits::TOOL_TIMEOUT_MAX)),
+        None => None,
+    };
+    let context = CallContext { request_id, user, timeout, spent: Duration::ZERO };
+    Ok((context, ToolCall { server, tool, arguments, progress: false, idempotency: None }))
 }
 
 /// The name behind a token: the token itself, or the name in the body that has this token.

@@ -1,11 +1,17 @@
 //! NATS as the repository's own configuration sets it up, and plain clients that try what they may.
 
-use std::time::Duration;
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::Mutex,
+    time::Duration,
+};
 
 use async_nats::{Client, ConnectErrorKind, ConnectOptions, Event, Message, ServerError, Subscriber};
 use bytes::Bytes;
 use futures_util::{FutureExt, StreamExt};
 use mcp_shared::testing::services::NatsServer;
+use nkeys::KeyPair;
 use tokio::{sync::mpsc, time::timeout};
 
 /// The configuration that operators copy.
@@ -13,36 +19,87 @@ const CONFIGURATION: &str = include_str!("../../nats-server.conf");
 /// How long a test waits for what has to come. It only matters when it does not come.
 pub const LONG: Duration = Duration::from_secs(20);
 
-/// Users of the configuration, each with the variable that has the password.
+/// Users of the configuration, each with the variable that has the public key.
 const USERS: [(&str, &str); 4] = [
-    ("gateway", "MCP_GATEWAY_PASSWORD"),
-    ("worker", "MCP_WORKER_PASSWORD"),
-    ("operator", "MCP_OPERATOR_PASSWORD"),
-    ("svc-billing", "MCP_BILLING_PASSWORD"),
+    ("gateway", "MCP_GATEWAY_NKEY"),
+    ("worker", "MCP_WORKER_NKEY"),
+    ("operator", "MCP_OPERATOR_NKEY"),
+    ("svc-billing", "MCP_SVC_BILLING_NKEY"),
 ];
 
-/// A user's password in these tests.
-pub fn password(user: &str) -> String {
-    format!("{user}-password")
+/// A user's key in these tests: the seed and the public key.
+fn key(user: &str) -> (String, String) {
+    static KEYS: Mutex<BTreeMap<String, (String, String)>> = Mutex::new(BTreeMap::new());
+    let made = || {
+        let key = KeyPair::new_user();
+        (key.seed().unwrap(), key.public_key())
+    };
+    KEYS.lock().unwrap().entry(user.to_owned()).or_insert_with(made).clone()
+}
+
+/// The seed of a user's key.
+pub fn seed(user: &str) -> String {
+    key(user).0
 }
 
 /// A server with the repository's configuration, but for where it listens, and with `more` users.
 pub fn guarded(more: &str) -> NatsServer {
+    started(&configuration(more), &[])
+}
+
+/// The same with the TLS that the configuration has in a comment, and a certificate of the tests.
+pub fn guarded_tls(certificate: &str, verify: bool) -> NatsServer {
+    let configuration = configuration("");
+    let mut inside = false;
+    let lines = configuration.lines().map(|line| {
+        inside |= line == "#tls {";
+        let uncommented = line.strip_prefix('#').filter(|_| inside).unwrap_or(line);
+        inside &= line != "#}";
+        uncommented.to_owned()
+    });
+    let configuration = lines.collect::<Vec<_>>().join("\n");
+    assert!(configuration.contains("\ntls {") && configuration.contains("verify: true"));
+    let configuration =
+        if verify { configuration } else { configuration.replace("verify: true", "verify: false") };
+    let file = |name: &str| tls_file(name).display().to_string();
+    let files = [
+        ("MCP_NATS_CERT_FILE", file(certificate)),
+        ("MCP_NATS_KEY_FILE", file("server.key")),
+        ("MCP_NATS_CA_FILE", file("authority.pem")),
+    ];
+    started(&configuration, &files.each_ref().map(|(name, file)| (*name, file.as_str())))
+}
+
+/// A file of the tests' own authority.
+pub fn tls_file(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/tls").join(name)
+}
+
+fn configuration(more: &str) -> String {
     let lines = CONFIGURATION.lines().filter(|line| !line.starts_with("listen:"));
     let configuration: Vec<&str> = lines.collect();
     assert_eq!(configuration.len() + 1, CONFIGURATION.lines().count(), "it says once where to listen");
-    let configuration = configuration.join("\n").replacen("users = [", &format!("users = [\n{more}"), 1);
-    let passwords = USERS.map(|(user, variable)| (variable, password(user)));
-    let environment: Vec<(&str, &str)> =
-        passwords.iter().map(|(variable, password)| (*variable, password.as_str())).collect();
-    NatsServer::start_with(&configuration, &environment)
+    configuration.join("\n").replacen("users = [", &format!("users = [\n{more}"), 1)
+}
+
+fn started(configuration: &str, more: &[(&str, &str)]) -> NatsServer {
+    let keys = USERS.map(|(user, variable)| (variable, key(user).1));
+    let mut environment: Vec<(&str, &str)> =
+        keys.iter().map(|(variable, key)| (*variable, key.as_str())).collect();
+    environment.extend(more);
+    NatsServer::start_with(configuration, &environment)
 }
 
 /// Another service, which the configuration knows only in tests.
-pub const OTHER_SERVICE: &str = r#"{
-    user: svc-payroll, password: svc-payroll-password
-    permissions { publish: ["mcp.v1.call.payroll.svc-payroll"], subscribe: ["_INBOX.payroll.>"] }
-}"#;
+pub fn other_service() -> String {
+    format!(
+        r#"{{
+            nkey: {}
+            permissions {{ publish: ["mcp.v1.call.payroll.svc-payroll"], subscribe: ["_INBOX.payroll.>"] }}
+        }}"#,
+        key("svc-payroll").1
+    )
+}
 
 /// A client that is logged in, and what the server forbids it.
 pub struct Login {
@@ -54,7 +111,7 @@ impl Login {
     /// Logs in as a user, to be answered below an inbox prefix.
     pub async fn new(server: &NatsServer, user: &str, inbox: &str) -> Self {
         let (tell, forbidden) = mpsc::channel(1_024);
-        let client = ConnectOptions::with_user_and_password(user.to_owned(), password(user))
+        let client = ConnectOptions::with_nkey(seed(user))
             .custom_inbox_prefix(inbox)
             .event_callback(move |event| {
                 if let Event::ServerError(ServerError::Other(error)) = event {

@@ -19,13 +19,13 @@ use tokio::{
 };
 
 use crate::{
-    client::{LONG, password},
+    client::{LONG, seed},
     echo::{Echo, about},
-    login::{settings, user},
+    login::{key, settings},
 };
 
 async fn bus(server: &NatsServer, role: &str) -> Bus {
-    Bus::open(&settings(server, user(role, password(role))), WorkerId::generate()).await.unwrap()
+    Bus::open(&settings(server, key(&seed(role))), WorkerId::generate()).await.unwrap()
 }
 
 /// A gateway's router.

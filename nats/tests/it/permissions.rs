@@ -4,7 +4,9 @@
 use async_nats::{ConnectErrorKind, ConnectOptions};
 use bytes::Bytes;
 
-use crate::client::{Login, OTHER_SERVICE, guarded, next, nothing_came, refused};
+use nkeys::KeyPair;
+
+use crate::client::{Login, guarded, next, nothing_came, other_service, refused, seed};
 
 /// What a service of the configuration may call.
 const CALL: &str = "mcp.v1.call.github.svc-billing";
@@ -68,7 +70,7 @@ async fn a_service_can_call_its_server_as_its_user_and_nothing_else() {
 
 #[tokio::test]
 async fn a_service_hears_only_its_own_answers() {
-    let server = guarded(OTHER_SERVICE);
+    let server = guarded(&other_service());
     let worker = Login::new(&server, "worker", "mcp.v1.inbox.w1.own").await;
     let answering = answering(&worker).await;
     let gateway = Login::new(&server, "gateway", "mcp.v1.inbox.g1.own").await;
@@ -202,17 +204,21 @@ async fn operators_look_and_do_not_touch() {
 }
 
 #[tokio::test]
-async fn nobody_comes_in_without_a_password() {
+async fn nobody_comes_in_without_a_key() {
     let server = guarded("");
     let with = |user: &str, password: &str| {
         ConnectOptions::with_user_and_password(user.to_owned(), password.to_owned())
     };
     let kind = ConnectErrorKind::AuthorizationViolation;
+    let (stranger, gateway) = (KeyPair::new_user(), KeyPair::from_seed(&seed("gateway")).unwrap());
     assert_eq!(refused(&server, ConnectOptions::new()).await, kind);
+    assert_eq!(refused(&server, ConnectOptions::with_nkey(stranger.seed().unwrap())).await, kind);
     assert_eq!(refused(&server, with("gateway", "wrong")).await, kind);
     assert_eq!(refused(&server, with("gateway", "")).await, kind);
-    assert_eq!(refused(&server, with("gateway", "$MCP_GATEWAY_PASSWORD")).await, kind);
-    assert_eq!(refused(&server, with("nobody", "worker-password")).await, kind);
-    assert_eq!(refused(&server, ConnectOptions::with_token("gateway-password".to_owned())).await, kind);
+    // The public half is no secret, and no password; neither is the name of the variable.
+    assert_eq!(refused(&server, with(&gateway.public_key(), "")).await, kind);
+    assert_eq!(refused(&server, with("gateway", &gateway.public_key())).await, kind);
+    assert_eq!(refused(&server, with("gateway", "$MCP_GATEWAY_NKEY")).await, kind);
+    assert_eq!(refused(&server, ConnectOptions::with_token(gateway.public_key())).await, kind);
     Login::new(&server, "gateway", "mcp.v1.inbox.g1.own").await;
 }
