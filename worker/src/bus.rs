@@ -10,11 +10,11 @@ use mcp_nats::{
 };
 use mcp_shared::{
     check::Finding,
-    config::BusSettings,
+    config::{BusSettings, Settings},
     error::{ErrorCode, WorkerError},
     fleet::{NodeReport, Role},
     hosting::Hosting,
-    node::NodeError,
+    node::{NodeError, Reloader},
     worker_api::WorkerApi,
 };
 
@@ -45,6 +45,11 @@ impl Bus {
         let fleet = router.clone();
         worker.own_only_while(move || fleet.is_up());
         Ok(Self { router, server })
+    }
+
+    /// Reads the worker's keys anew while it runs, as far as the fleet agrees with them.
+    pub fn reloader(&self, settings: &Settings, worker: &Worker) -> Arc<Reloader> {
+        Reloader::new(settings, worker.vault(), &worker.me, Some(self.fleet()))
     }
 
     /// The workers of the fleet, this one among them.

@@ -7,6 +7,7 @@ use std::{
 };
 
 use mcp_shared::{
+    audit::Audit,
     config::{GoogleCredentials, LimitSettings, PackageSettings, RemoteSettings},
     ids::{SecretName, UserId, WorkerId},
     server::{Isolation, Scaling, ServerRecord},
@@ -25,7 +26,7 @@ use crate::{
     outgoing::Outgoing,
     packages::Packages,
     secrets::SecretCache,
-    supervisor::Supervisor,
+    supervisor::{Caps, Supervisor},
 };
 
 /// Servers that are started side by side in the background: at boot, and after failures.
@@ -75,6 +76,8 @@ pub struct Host {
     pub background_starts: Semaphore,
     /// What is taken in at once.
     pub limits: LimitSettings,
+    /// Where it is recorded what happens.
+    pub audit: Option<Audit>,
 }
 
 /// What a user's own process gets in its environment.
@@ -99,6 +102,7 @@ impl Host {
         packages: &PackageSettings,
         remote: &RemoteSettings,
         limits: &LimitSettings,
+        audit: Option<Audit>,
     ) -> Self {
         let http = Outgoing::new(remote.egress.clone());
         let worker_id = WorkerId::generate();
@@ -112,7 +116,8 @@ impl Host {
             worker_id,
             secrets: SecretCache::new(vault.clone()),
             named_calls: NamedCalls::default(),
-            supervisor: Supervisor::new(executable),
+            supervisor: Supervisor::new(executable)
+                .with_caps(Caps { processes: limits.server_processes, memory: limits.server_memory }),
             packages: Arc::new(Packages::new(packages)),
             oauth,
             google: remote.google.clone(),
@@ -125,6 +130,7 @@ impl Host {
             changed: watch::Sender::new(()),
             background_starts: Semaphore::new(BACKGROUND_STARTS),
             limits: limits.clone(),
+            audit,
         }
     }
 

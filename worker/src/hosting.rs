@@ -4,12 +4,13 @@ use std::collections::HashSet;
 
 use async_trait::async_trait;
 use mcp_shared::{
+    audit::{Action, AuditCalls, Entry, Event, Object},
     error::{ErrorCode, WorkerError},
     fleet::NodeReport,
     hosting::{CallOffer, Hosting, Refusal, Reservation},
     ids::{ServerName, UserId},
     users::Entered,
-    worker_api::CallContext,
+    worker_api::{CallContext, ToolCall},
 };
 use tokio::sync::watch;
 
@@ -18,6 +19,9 @@ use crate::{
     group::current,
     worker::{Worker, stored_listings, too_many_calls},
 };
+
+/// What is recorded as the credential of a service on NATS, where NATS itself says who may speak for whom.
+const SERVICE: &str = "nats";
 
 #[async_trait]
 impl Hosting for Worker {
@@ -33,6 +37,14 @@ impl Hosting for Worker {
         self.users.enter(user).map_err(|refused| refused.error())
     }
 
+    fn record_call(&self, context: &CallContext, call: &ToolCall) {
+        if let Some(audit) = self.host.audit.as_ref().filter(|audit| audit.calls() == AuditCalls::All) {
+            let object = Object::server(&call.server).with_tools([&call.tool]);
+            let entry = Entry::new(Event::Allowed, Action::ToolCall, object).by(SERVICE, &context.user);
+            audit.note(entry.in_request(&context.request_id));
+        }
+    }
+
     fn describe(&self) -> NodeReport {
         let mut servers = self.loads();
         servers.sort_unstable_by(|one, other| one.name.cmp(&other.name));
@@ -40,6 +52,7 @@ impl Hosting for Worker {
             draining: self.host.draining.is_cancelled(),
             servers,
             per_user: self.per_user(),
+            keys: self.host.vault.kids(),
             ..self.me.clone()
         }
     }

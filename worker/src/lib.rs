@@ -26,4 +26,6 @@ mod transport;
 mod worker;
 
 pub use host::Boot;
+#[cfg(any(test, feature = "testing"))]
+pub use transport::fuzzing::child_output;
 pub use worker::Worker;

@@ -20,6 +20,11 @@ const SHORTEST: usize = 6;
 pub const COLLECTED: usize = 2 * limits::LOG_LINE_BYTES;
 /// The most characters of a server's words in an answer of ours.
 const QUOTED: usize = 1_000;
+/// What tokens of services begin with that mark theirs, and ours.
+const MARKS: [&str; 11] =
+    ["ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "glpat-", "sk-", "xoxb-", "xoxp-", "mcpk_"];
+/// Shorter words are no tokens.
+const CREDENTIAL: usize = 20;
 /// What stands where a secret stood.
 const BLOT: &str = "[secret]";
 
@@ -166,7 +171,8 @@ impl Redactor {
         for spelling in found {
             text = text.replace(spelling, BLOT);
         }
-        text
+        drop(known);
+        without_credentials(text)
     }
 
     /// A server's words for an answer of ours: cleaned, and then on one line and shortened.
@@ -190,6 +196,35 @@ impl Redactor {
             }
         }
     }
+}
+
+/// Blots out what is a credential by its looks, whoever it was given by: tokens of services that mark theirs, and
+/// signed tokens of JSON (`eyJ...`).
+fn without_credentials(mut text: String) -> String {
+    let is_part = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
+    let mut from = 0;
+    while let Some(start) = text[from..].find(is_part).map(|at| from + at) {
+        let end = text[start..].find(|c| !is_part(c)).map_or(text.len(), |at| start + at);
+        if is_credential(&text[start..end]) {
+            text.replace_range(start..end, BLOT);
+            from = start + BLOT.len();
+        } else {
+            from = end;
+        }
+    }
+    text
+}
+
+/// Whether a word is a credential by its looks.
+fn is_credential(word: &str) -> bool {
+    if word.len() < CREDENTIAL {
+        return false;
+    }
+    let signed = || {
+        let mut parts = word.split('.');
+        word.starts_with("eyJ") && parts.clone().count() == 3 && parts.all(|part| part.len() >= SHORTEST)
+    };
+    MARKS.iter().any(|mark| word.starts_with(mark)) || signed()
 }
 
 /// How a value may stand in a line: as it is, as JSON spells it, and, since a log has lines, each line of
@@ -238,6 +273,23 @@ mod tests {
         drop(known);
         log.push(b"late s3cr3t-value");
         assert_eq!(log.lines(), ["got [secret] and abc", "late [secret]"]);
+    }
+
+    #[test]
+    fn blots_out_what_looks_like_a_credential() {
+        let log = Log::default();
+        for (line, kept) in [
+            ("token=ghp_0123456789abcdefghij0123456789abcdef, next", "token=[secret], next"),
+            ("\"Bearer eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJhIn0.c2lnbmF0dXJl\"", "\"Bearer [secret]\""),
+            ("two glpat-0123456789abcdefghij sk-0123456789abcdefghij", "two [secret] [secret]"),
+            ("ghp_short sk-8 eyJ.a.b", "ghp_short sk-8 eyJ.a.b"),
+            ("a-long-name.of-something.that-is-no-token", "a-long-name.of-something.that-is-no-token"),
+            ("žlutý ghp_0123456789abcdefghij kůň", "žlutý [secret] kůň"),
+            ("", ""),
+        ] {
+            log.push(line.as_bytes());
+            assert_eq!(log.lines().last().unwrap(), kept);
+        }
     }
 
     #[test]

@@ -30,12 +30,12 @@ impl Worker {
         metrics.show(
             "worker_running_calls",
             "Calls that hold a slot of a server on this worker",
-            of_servers(|servers| servers.iter().map(|server| server.in_flight as f64).sum()),
+            of_servers(|servers| servers.iter().map(|server| server.in_flight).sum::<usize>() as f64),
         );
         metrics.show(
             "worker_waiting_calls",
             "Calls that wait for a free slot of a server on this worker",
-            of_servers(|servers| servers.iter().map(|server| server.waiting as f64).sum()),
+            of_servers(|servers| servers.iter().map(|server| server.waiting).sum::<usize>() as f64),
         );
         metrics.show(
             "worker_longest_wait_seconds",

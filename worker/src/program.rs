@@ -4,9 +4,10 @@ use std::{io::Write, path::PathBuf, process::ExitCode, sync::Arc, time::Duration
 
 use clap::{Parser, Subcommand};
 use mcp_shared::{
+    audit::Audit,
     check,
     config::{self, BusSettings, Settings},
-    lifecycle::{self, EX_CONFIG, EX_TEMPFAIL, complain},
+    lifecycle::{self, EX_CONFIG, EX_TEMPFAIL, Hangups, complain},
     node::{self, NodeError},
 };
 use tokio::{
@@ -92,6 +93,13 @@ async fn serve(settings: &Settings, bus: &BusSettings) -> ExitCode {
         Ok(stop) => stop,
         Err(status) => return status,
     };
+    let hangups = match Hangups::listen() {
+        Ok(hangups) => hangups,
+        Err(error) => {
+            complain(&format!("signals cannot be received: {error}"));
+            return ExitCode::FAILURE;
+        }
+    };
     // The address first: two programs on one port is the commoner mistake.
     let address = lifecycle::address(&settings.worker_host, settings.worker_port);
     let listener = match TcpListener::bind(&address).await {
@@ -109,15 +117,18 @@ async fn serve(settings: &Settings, bus: &BusSettings) -> ExitCode {
     let closing = CancellationToken::new();
     // From now on, so that an orchestrator sees what a start is waiting for.
     let answering = tokio::spawn(health::serve(listener, Arc::clone(&health), closing.clone()));
-    let (worker, bus) = match start(settings, bus, &health, &stop).await {
+    let (worker, bus, audit) = match start(settings, bus, &health, &stop).await {
         Ok(started) => started,
         Err(error) => return error.report(),
     };
+    let reloading = tokio::spawn(bus.reloader(settings, &worker).serve(hangups, stop.clone()));
     announce(&worker, &address);
     tokio::select! {
         () = stop.cancelled() => {}
         () = worker.asked_to_leave() => {}
     }
+
+    reloading.abort();
 
     let drained = Instant::now() + settings.shutdown_timeout;
     health.drain();
@@ -128,6 +139,7 @@ async fn serve(settings: &Settings, bus: &BusSettings) -> ExitCode {
     }
     closing.cancel();
     let _ = answering.await;
+    audit.close().await;
     tracing::info!("stopped");
     ExitCode::SUCCESS
 }
@@ -138,12 +150,15 @@ async fn start(
     bus: &BusSettings,
     health: &Health,
     stop: &CancellationToken,
-) -> Result<(Arc<Worker>, Bus), NodeError> {
+) -> Result<(Arc<Worker>, Bus, Audit), NodeError> {
     let vault = node::open(settings, stop).await?;
     health.store(&vault);
+    let audit = Audit::open(&settings.audit, "mcp-worker")?;
     let (packages, remote, limits) = (&settings.packages, &settings.remote, &settings.limits);
     let program = supervisor::this_program();
-    let worker = Worker::open(vault.clone(), program, Boot::OnDemand, packages, remote, limits).await?;
+    let recorded = Some(audit.clone());
+    let worker =
+        Worker::open(vault.clone(), program, Boot::OnDemand, packages, remote, limits, recorded).await?;
     health.worker(&worker);
     let bus = node::patiently(settings, stop, async || Bus::connect(bus, &worker).await).await?;
     vault.record_key().await?;
@@ -154,7 +169,7 @@ async fn start(
         () = stop.cancelled() => {}
     }
     health.serving();
-    Ok((worker, bus))
+    Ok((worker, bus, audit))
 }
 
 /// Tells a person, or the program that started this one, that calls are taken.

@@ -29,6 +29,7 @@ use crate::{
 
 mod annotations;
 mod owning;
+mod pins;
 
 /// How often a new version is tried that does not start while the old one serves.
 const BESIDE_ATTEMPTS: usize = 3;
@@ -44,6 +45,10 @@ pub struct Entry {
     groups: Mutex<Groups>,
     listing: Mutex<Listing>,
     log: Arc<Log>,
+    /// Held while a listing is compared with the one before.
+    pinning: tokio::sync::Mutex<()>,
+    /// When it was last said that its tools changed.
+    said_changed: Mutex<Option<Instant>>,
     /// Held while processes are replaced. Calls that find a retired group wait for it.
     changing: tokio::sync::Mutex<()>,
 }
@@ -82,6 +87,8 @@ impl Entry {
                 of: None,
             }),
             log: Arc::default(),
+            pinning: tokio::sync::Mutex::new(()),
+            said_changed: Mutex::new(None),
             changing: tokio::sync::Mutex::new(()),
         })
     }
@@ -364,7 +371,7 @@ impl Entry {
 
     /// Keeps a listing, so that it can be shown when nothing runs. What everybody sees is the listing
     /// of the shared server, or of the first user who is connected here, as it is now.
-    fn listed(&self, user: Option<&UserId>, tools: &RawJson, host: &Arc<Host>) {
+    fn listed(self: &Arc<Self>, user: Option<&UserId>, tools: &RawJson, host: &Arc<Host>) {
         let mut keep = Vec::new();
         {
             let mut listing = lock(&self.listing);
@@ -382,7 +389,9 @@ impl Entry {
             keep.push(Some(user.clone()));
         }
         let (vault, server, tools) = (host.vault.clone(), self.name.clone(), tools.clone());
+        let (entry, means, of) = (Arc::clone(self), Arc::clone(host), user.cloned());
         host.tasks.spawn(async move {
+            entry.pin(of.as_ref(), &tools, &means).await;
             for user in keep {
                 let Ok(text) = std::str::from_utf8(tools.as_bytes()) else { return };
                 let stored = StoredTools { server: server.clone(), user, tools: text.to_owned() };

@@ -112,7 +112,12 @@ impl SecretCache {
         let key = (user.clone(), server.clone());
         let usable = |sealed: &Arc<[SealedSecret]>| sealed.is_empty() || !self.remembered.is_outdated();
         let stamp = self.remembered.stamp(&key);
-        let known = self.remembered.get(&key);
+        // What needs a key that this worker had to forget has been encrypted anew, and is not what is stored.
+        let current =
+            |sealed: &Arc<[SealedSecret]>| sealed.iter().all(|one| self.vault.has_key_of(&one.value));
+        let known = self.remembered.get(&key).filter(|known| match known {
+            Found::Certain(sealed) | Found::Doubtful(sealed) => current(sealed),
+        });
         if let Some(Found::Certain(sealed)) = &known
             && usable(sealed)
         {

@@ -37,11 +37,13 @@ use zeroize::Zeroizing;
 
 mod process;
 mod restrictions;
+mod usage;
 
 pub use process::run;
+pub use usage::{Caps, Excess};
 
-/// The argument that makes our executable a supervisor; what may follow is the number of files that it, and so every
-/// server, may have open. Every program that uses a worker must call
+/// The argument that makes our executable a supervisor. What follows is what a server may take ([`Caps`]) and, where
+/// that has to be said, the number of files that it may have open. Every program that uses a worker must call
 /// [`run`] when it finds it, before anything else.
 pub const ARGUMENT: &str = "__supervise-children";
 
@@ -86,6 +88,8 @@ pub enum Exit {
     Code(i32),
     /// This signal ended it.
     Signal(i32),
+    /// It was ended because it took more than a server may.
+    Excess(Excess),
     /// Its end was not seen, since the supervisor itself was lost.
     Lost,
 }
@@ -98,6 +102,12 @@ impl std::fmt::Display for Exit {
                 Ok(name) => write!(f, "was ended by {name}"),
                 Err(_) => write!(f, "was ended by signal {signal}"),
             },
+            Exit::Excess(Excess::Processes) => {
+                f.write_str("was ended: it had more processes than a server may (SERVER_MAX_PROCESSES)")
+            }
+            Exit::Excess(Excess::Memory) => {
+                f.write_str("was ended: it took more memory than a server may (SERVER_MAX_MEMORY)")
+            }
             Exit::Lost => f.write_str("was lost"),
         }
     }
@@ -123,6 +133,7 @@ enum Event {
 /// The worker's end. It starts the supervisor process at the first child, and again should it be lost.
 pub struct Supervisor {
     executable: PathBuf,
+    caps: Caps,
     link: Mutex<Option<Arc<Link>>>,
     next_id: AtomicU64,
 }
@@ -170,7 +181,13 @@ struct Outgoing {
 impl Supervisor {
     /// Nothing is started yet. `executable` is run with [`ARGUMENT`] when the first child is wanted.
     pub fn new(executable: PathBuf) -> Self {
-        Self { executable, link: Mutex::new(None), next_id: AtomicU64::new(1) }
+        Self { executable, caps: Caps::default(), link: Mutex::new(None), next_id: AtomicU64::new(1) }
+    }
+
+    /// Holds each child to this.
+    pub fn with_caps(mut self, caps: Caps) -> Self {
+        self.caps = caps;
+        self
     }
 
     /// Starts a child in a process group of its own. The error is a sentence for people.
@@ -203,7 +220,7 @@ impl Supervisor {
         if let Some(link) = slot.as_ref().filter(|link| !link.children().lost) {
             return Ok(Arc::clone(link));
         }
-        let link = Link::open(&self.executable)?;
+        let link = Link::open(&self.executable, self.caps)?;
         *slot = Some(Arc::clone(&link));
         Ok(link)
     }
@@ -244,11 +261,12 @@ impl Drop for Child {
 
 impl Link {
     /// Starts a supervisor process with the other end of a new socket as its standard input.
-    fn open(executable: &PathBuf) -> io::Result<Arc<Self>> {
+    fn open(executable: &PathBuf, caps: Caps) -> io::Result<Arc<Self>> {
         let (ours, theirs) = UnixStream::pair()?;
         let mut process = Command::new(executable)
             .arg0("mcp-supervisor")
             .arg(ARGUMENT)
+            .args(caps.arguments())
             .args(lifecycle::open_files_before().map(|count| count.to_string()))
             .env_clear()
             .stdin(Stdio::from(OwnedFd::from(theirs)))

@@ -3,6 +3,8 @@
 pub mod connection;
 pub mod endpoint;
 mod events;
+#[cfg(any(test, feature = "testing"))]
+pub(crate) mod fuzzing;
 mod headers;
 pub mod http;
 mod lines;

@@ -9,6 +9,7 @@ use std::{
 
 use async_trait::async_trait;
 use mcp_shared::{
+    audit::Audit,
     config::{LimitSettings, PackageSettings, RemoteSettings},
     error::{ErrorCode, Outcome, WorkerError},
     fleet::{Fleet, NodeReport, NodeView, Role},
@@ -75,10 +76,11 @@ impl Worker {
         packages: &PackageSettings,
         remote: &RemoteSettings,
         limits: &LimitSettings,
+        audit: Option<Audit>,
     ) -> Result<Arc<Self>, VaultError> {
         let servers = vault.servers().await?;
         let mut listings = stored_listings(&vault).await?;
-        let host = Arc::new(Host::new(vault, executable, boot, packages, remote, limits));
+        let host = Arc::new(Host::new(vault, executable, boot, packages, remote, limits, audit));
         let entries: HashMap<_, _> = servers
             .into_iter()
             .map(|server| {
@@ -130,6 +132,11 @@ impl Worker {
     /// Waits until somebody asked this worker to leave the fleet.
     pub async fn asked_to_leave(&self) {
         self.leave.cancelled().await;
+    }
+
+    /// What is stored, and its keys.
+    pub(crate) fn vault(&self) -> &Vault {
+        &self.host.vault
     }
 
     /// This worker's id.

@@ -13,6 +13,9 @@ use std::{
 use mcp_shared::limits;
 use tokio::time::Instant;
 
+/// Of how many slots the pace is an average.
+const PACE_OF: u32 = 8;
+
 /// The calls on their way to a slot.
 #[derive(Default)]
 pub struct Queue {
@@ -28,6 +31,8 @@ struct Waiting {
     since: BTreeMap<u64, Instant>,
     /// When the last one got its slot, and how long it had waited.
     granted: Option<(Instant, Duration)>,
+    /// How long a slot takes to come free, on average of the last ones that came to somebody who waited.
+    pace: Option<Duration>,
 }
 
 impl Waiting {
@@ -42,9 +47,19 @@ impl Waiting {
     }
 
     fn came(&mut self, number: u64, now: Instant) {
-        if let Some(since) = self.since.get(&number) {
-            self.granted = Some((now, now - *since));
-        }
+        let Some(since) = self.since.get(&number).copied() else { return };
+        // Only while somebody waits do slots come free as fast as they can.
+        let begin = self.granted.map_or(since, |(last, _)| last.max(since));
+        let took = now - begin;
+        self.pace = Some(self.pace.map_or(took, |pace| (pace * (PACE_OF - 1) + took) / PACE_OF));
+        self.granted = Some((now, now - since));
+    }
+
+    /// How long it will be until all have gone, as far as can be seen.
+    fn drained_in(&self, now: Instant) -> Duration {
+        let calls = u32::try_from(self.since.len()).unwrap_or(u32::MAX);
+        let by_pace = self.pace.map_or(Duration::ZERO, |pace| pace.saturating_mul(calls));
+        by_pace.max(self.longest(now))
     }
 
     fn longest(&self, now: Instant) -> Duration {
@@ -79,6 +94,12 @@ impl Queue {
     pub fn wait(&self) -> (usize, Duration) {
         let waiting = self.waiting();
         (waiting.since.len(), waiting.longest(Instant::now()))
+    }
+
+    /// How long it will be until all that wait now have gone, as far as can be seen: by how fast slots came free lately, and
+    /// no less than the first one has waited.
+    pub fn drained_in(&self) -> Duration {
+        self.waiting().drained_in(Instant::now())
     }
 
     fn waiting(&self) -> MutexGuard<'_, Waiting> {
@@ -134,5 +155,26 @@ mod tests {
         queue.since.remove(&second);
         assert_eq!(queue.longest(at(1_400)), Duration::from_millis(200));
         assert_eq!(queue.longest(at(1_600)), Duration::ZERO);
+    }
+
+    #[test]
+    fn tells_when_those_who_wait_will_have_gone() {
+        let (mut queue, begin) = (Waiting::default(), Instant::now());
+        let at = |ms| begin + Duration::from_millis(ms);
+        let callers: Vec<_> = (0..100).map(|_| queue.enter(100, at(0)).unwrap()).collect();
+        assert_eq!(queue.drained_in(at(0)), Duration::ZERO, "nothing is known yet");
+        assert_eq!(queue.drained_in(at(30)), Duration::from_millis(30));
+        for (caller, ms) in callers.iter().zip([40, 80, 120, 160]) {
+            queue.came(*caller, at(ms));
+            queue.since.remove(caller);
+        }
+        assert_eq!(queue.drained_in(at(160)), Duration::from_millis(96 * 40));
+        // Nothing more comes: what they have waited says more than what was.
+        assert_eq!(queue.drained_in(at(9_000)), Duration::from_millis(9_000));
+        // Times without anybody waiting are no times of the server.
+        queue.since.clear();
+        let late = queue.enter(100, at(60_000)).unwrap();
+        queue.came(late, at(60_040));
+        assert_eq!(queue.pace, Some(Duration::from_millis(40)));
     }
 }

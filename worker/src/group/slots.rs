@@ -117,14 +117,14 @@ impl Group {
         Some(Slot { instance: Arc::clone(instance) })
     }
 
-    /// The refusal of a call that would have to wait behind too many. It is to come back when those will have gone by the
-    /// look of the first one's wait: a crowd that comes back every second would take the time that the calls need.
+    /// The refusal of a call that would have to wait behind too many. It is to come back when those will have gone: a crowd
+    /// that comes back every second would take the time that the calls need.
     fn too_many_waiting(&self) -> NoSlot {
         metrics::count_refusal(Limit::ServerQueue);
-        let (_, wait) = self.queue.wait();
+        let wait = self.queue.drained_in();
         let text = format!("Server {} has too many calls waiting", self.server);
         let error = WorkerError::new(ErrorCode::Overloaded, text);
-        not_started(error.retry_after(wait.clamp(limits::RETRY_LEAST, limits::RETRY_MOST)))
+        not_started(error.retry_after(wait.clamp(limits::RETRY_LEAST, limits::RETRY_MOST)).spread())
     }
 
     fn no_slot_in_time(&self) -> NoSlot {

@@ -7,9 +7,10 @@ use mcp_shared::{
     error::{ErrorCode, Outcome, WorkerError},
     limits,
     package::PackageRef,
-    server::{ServerRecord, Transport},
+    server::{ServerRecord, Transport, looks_secret},
     timestamp::Timestamp,
 };
+use secrecy::SecretString;
 use tokio::{
     sync::{futures::Notified, watch},
     time::{Instant, timeout_at},
@@ -192,8 +193,15 @@ impl Group {
         let secret_env = self.host.secret_env(self.user.as_ref(), record).await;
         let secret_env = secret_env.map_err(|text| failed(text, Vec::new()))?;
         self.state().secrets = Some(secret_env.fingerprint);
-        // What the process knows for as long as it lives must not show up in its log.
-        let known = self.log.remember(secret_env.values.iter());
+        // What the process knows for as long as it lives must not show up in its log: its user's secrets, and what
+        // the record keeps for everybody under a name that is one of a secret.
+        let own: Vec<SecretString> = env
+            .0
+            .iter()
+            .filter(|(name, _)| looks_secret(name))
+            .map(|(_, value)| SecretString::from(value.as_str()))
+            .collect();
+        let known = self.log.remember(secret_env.values.iter().chain(&own));
         let package = match &record.package {
             Some(reference) => {
                 let installed = self.installed(reference).await;

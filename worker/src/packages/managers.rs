@@ -200,24 +200,26 @@ fn check(spec: &PackageSpec) -> Result<(), WorkerError> {
     if !name_is_valid(spec.runtime, &spec.name) {
         return Err(invalid_name(&spec.name));
     }
-    let invalid = |what: &str, text: &str| {
+    let invalid = |code: ErrorCode, what: &str, text: &str| {
         let text = shorten(text, 64);
-        Err(WorkerError::new(ErrorCode::InvalidRequest, format!("{text} is not {what}")))
+        Err(WorkerError::new(code, format!("{text} is not {what}")))
     };
     if let Some(version) = &spec.version {
+        let code = ErrorCode::InvalidVersion;
         match spec.runtime {
             Runtime::Node if !names::npm_version(version) => {
-                return invalid("a version, a range or a tag of npm", version);
+                return invalid(code, "a version, a range or a tag of npm", version);
             }
             Runtime::Python if !names::python_version(version) => {
-                return invalid("a version of a Python package", version);
+                return invalid(code, "a version of a Python package", version);
             }
             _ => {}
         }
     }
     for dependency in spec.pip_dependencies.iter().flatten() {
         if !names::pip_dependency(dependency) {
-            return invalid("a specification of a Python package", dependency);
+            let what = "a specification of a Python package";
+            return invalid(ErrorCode::InvalidRequest, what, dependency);
         }
     }
     for url in [&spec.pip_index_url, &spec.pip_extra_index_url].into_iter().flatten() {

@@ -31,6 +31,7 @@ use nix::{
 use super::{
     Event, Exit, MARKER, Request,
     restrictions::{self, Restrictions},
+    usage::{Caps, Excess, Watch},
 };
 
 /// How long what a lost worker left behind has to leave by itself after SIGTERM.
@@ -54,7 +55,7 @@ pub fn run() -> ExitCode {
 
 /// The worker may have more open files than programs of others can live with.
 fn limit_open_files() {
-    let before = std::env::args().nth(2).and_then(|count| count.parse().ok());
+    let before = std::env::args().nth(4).and_then(|count| count.parse().ok());
     if let (Some(before), Ok((_, hard))) = (before, getrlimit(Resource::RLIMIT_NOFILE)) {
         let _ = setrlimit(Resource::RLIMIT_NOFILE, before, hard);
     }
@@ -66,6 +67,9 @@ struct Supervised {
     /// Marks descendants as ours, and apart from those of any other supervisor.
     mark: String,
     signals: SigSet,
+    watch: Watch,
+    /// Children that were ended because they took too much, until they are gone.
+    over: HashMap<u64, Excess>,
 }
 
 impl Supervised {
@@ -73,6 +77,7 @@ impl Supervised {
         // SAFETY: descriptor 0 is open, since the worker started us with a socket there, and nothing
         // else in this process uses it.
         let socket = UnixStream::from(unsafe { OwnedFd::from_raw_fd(0) });
+        close_inherited();
         become_subreaper()?;
         let mut signals = SigSet::empty();
         signals.add(Signal::SIGCHLD);
@@ -80,7 +85,9 @@ impl Supervised {
         // Service managers and terminals signal more processes than the one that they started. The
         // worker decides when the servers go; its own end is what ends this process.
         SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP]).thread_block()?;
-        Ok(Self { socket, children: HashMap::new(), mark: std::process::id().to_string(), signals })
+        let watch = Watch::new(Caps::from_arguments(std::env::args().skip(2)));
+        let mark = std::process::id().to_string();
+        Ok(Self { socket, children: HashMap::new(), mark, signals, watch, over: HashMap::new() })
     }
 
     fn serve(&mut self) -> io::Result<()> {
@@ -98,7 +105,9 @@ impl Supervised {
                 PollFd::new(self.socket.as_fd(), PollFlags::POLLIN),
                 PollFd::new(signal.as_fd(), PollFlags::POLLIN),
             ];
-            match poll(&mut ready, PollTimeout::NONE) {
+            let pause = self.watch.pause(&self.children);
+            let pause = pause.map_or(PollTimeout::NONE, |pause| pause.try_into().unwrap_or(PollTimeout::MAX));
+            match poll(&mut ready, pause) {
                 Err(Errno::EINTR) => continue,
                 other => other?,
             };
@@ -107,6 +116,7 @@ impl Supervised {
                 signal.clear();
                 self.reap();
             }
+            self.end_excess();
             if from_worker {
                 match self.receive() {
                     Ok(Some((request, descriptors))) => self.handle(request, descriptors),
@@ -234,9 +244,11 @@ impl Supervised {
             if let Some((&id, _)) = self.children.iter().find(|(_, child)| **child == pid) {
                 let _ = killpg(pid, Signal::SIGKILL);
                 self.children.remove(&id);
-                let exit = match status {
-                    WaitStatus::Exited(_, code) => Exit::Code(code),
-                    WaitStatus::Signaled(_, signal, _) => Exit::Signal(signal as i32),
+                let over = self.over.remove(&id);
+                let exit = match (over, status) {
+                    (Some(excess), _) => Exit::Excess(excess),
+                    (None, WaitStatus::Exited(_, code)) => Exit::Code(code),
+                    (None, WaitStatus::Signaled(_, signal, _)) => Exit::Signal(signal as i32),
                     _ => Exit::Lost,
                 };
                 exits.push(Event::Exited { id, exit });
@@ -247,6 +259,14 @@ impl Supervised {
         for event in exits {
             self.tell(&event);
         }
+    }
+
+    /// Ends children that took more than they may.
+    fn end_excess(&mut self) {
+        let prefix = format!("{}:", self.mark);
+        let owner_of = |pid| mark(pid)?.strip_prefix(&prefix)?.parse().ok();
+        let over = self.watch.look(&self.children, owner_of);
+        self.over.extend(over);
     }
 
     /// Kills descendants of children that ended, wherever they went. Those of a child that lives are
@@ -325,7 +345,7 @@ fn direct_children() -> Vec<Pid> {
     all_processes().filter(|pid| parent(*pid) == Some(me)).collect()
 }
 
-fn all_processes() -> impl Iterator<Item = Pid> {
+pub(super) fn all_processes() -> impl Iterator<Item = Pid> {
     let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok().map(Pid::from_raw))
 }
@@ -357,6 +377,17 @@ fn reset_signals() -> io::Result<()> {
         unsafe { sigaction(signal, &usual) }?;
     }
     SigSet::empty().thread_set_mask().map_err(io::Error::from)
+}
+
+/// Closes whatever whoever started us left open by accident: it is nothing that a server should have. Standard input,
+/// output and error stay.
+fn close_inherited() {
+    let open = std::fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
+    let numbers: Vec<RawFd> = open.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
+    for number in numbers.into_iter().filter(|number| *number > 2) {
+        // Among them is that of the folder just read, which is closed already.
+        let _ = nix::unistd::close(number);
+    }
 }
 
 fn become_subreaper() -> io::Result<()> {

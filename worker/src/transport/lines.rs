@@ -41,7 +41,7 @@ impl<R: AsyncRead + Unpin> Lines<R> {
         Self::with_limits(source, limits::LINE_BYTES, limits::LINE_BYTES_FATAL)
     }
 
-    fn with_limits(source: R, limit: usize, fatal: usize) -> Self {
+    pub(super) fn with_limits(source: R, limit: usize, fatal: usize) -> Self {
         Self { source, buffer: BytesMut::new(), searched: 0, skipping: None, limit, fatal }
     }
 
@@ -112,6 +112,8 @@ struct IdFinder {
     /// Whether the member whose value is being read is `id`.
     at_id: bool,
     digits: Vec<u8>,
+    /// Something in that value is no digit, so that it is no id of ours.
+    foreign: bool,
     done: Option<u64>,
 }
 
@@ -143,17 +145,20 @@ impl IdFinder {
                 b'0'..=b'9' if self.depth == 1 && self.at_id && self.digits.len() < 20 => {
                     self.digits.push(byte);
                 }
-                _ => {}
+                b' ' | b'\t' | b'\r' | b'\n' => {}
+                _ => self.foreign |= self.depth == 1 && self.at_id,
             }
         }
     }
 
     fn end_value(&mut self) {
-        if self.at_id && self.depth <= 1 && self.done.is_none() {
+        if self.at_id && self.depth <= 1 && !self.foreign && self.done.is_none() {
             self.done = std::str::from_utf8(&self.digits).ok().and_then(|digits| digits.parse().ok());
         }
         if self.depth <= 1 {
             self.at_id = false;
+            self.foreign = false;
+            self.digits.clear();
         }
     }
 
@@ -203,7 +208,12 @@ mod tests {
 
     #[test]
     fn ids_are_found_wherever_they_stand_and_however_the_text_is_cut() {
-        let cases: [(&str, Option<u64>); 6] = [
+        let cases: [(&str, Option<u64>); 11] = [
+            (r#"{"id":-7,"result":1}"#, None),
+            (r#"{"id":7.5,"result":1}"#, None),
+            (r#"{"id":7e1,"result":1}"#, None),
+            (r#"{"id":000000000000000000007,"result":1}"#, None),
+            (r#"{"id":{"a":7},"id":8}"#, Some(8)),
             (r#"{"jsonrpc":"2.0","id":12,"result":{}}"#, Some(12)),
             (r#"{"result":{"id":1,"a":["id",{"id":2}]},"jsonrpc":"2.0","id": 34 }"#, Some(34)),
             (r#"{"result":"\",\"id\":5,","id":6}"#, Some(6)),

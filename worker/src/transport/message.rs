@@ -59,6 +59,10 @@ struct ErrorBody<'a> {
 impl Message {
     /// Reads one line. Nothing is copied out of it but methods and error texts.
     pub(super) fn parse(line: &Bytes) -> Self {
+        // An array could be read as an envelope, too: one whose members have no names.
+        if !line.trim_ascii_start().starts_with(b"{") {
+            return Message::Garbage;
+        }
         let Ok(envelope) = serde_json::from_slice::<Envelope<'_>>(line) else { return Self::broken(line) };
         let raw = |value: &RawValue| RawJson::slice_of(line, value);
         match (envelope.method, envelope.id) {
@@ -91,7 +95,7 @@ impl Message {
     fn broken(line: &[u8]) -> Self {
         // A banner may well quote a request of ours.
         let has = |part: &[u8]| memchr::memmem::find(line, part).is_some();
-        let meant = line.trim_ascii_start().starts_with(b"{") && has(b"\"jsonrpc\"") && !has(b"\"method\"");
+        let meant = has(b"\"jsonrpc\"") && !has(b"\"method\"");
         match lines::id_in(line).filter(|_| meant) {
             Some(id) => Message::Unreadable { id },
             None => Message::Garbage,

@@ -60,7 +60,7 @@ impl Cluster {
         let vault = self.vault_on(Arc::clone(&link) as Arc<dyn Store>).await;
         let (packages, remote, limits) = (PackageSettings::default(), Default::default(), Default::default());
         let program = std::env::current_exe().unwrap();
-        let worker = Worker::open(vault, program, boot, &packages, &remote, &limits).await.unwrap();
+        let worker = Worker::open(vault, program, boot, &packages, &remote, &limits, None).await.unwrap();
         Node { worker, link }
     }
 
@@ -109,7 +109,7 @@ impl Cluster {
 
 fn secrecy_line() -> String {
     use secrecy::ExposeSecret;
-    mcp_shared::crypter::generate_key_line().unwrap().expose_secret().to_owned()
+    mcp_shared::crypter::generate_key_line("k1").unwrap().expose_secret().to_owned()
 }
 
 fn rand_id() -> u128 {

@@ -9,8 +9,8 @@ use async_trait::async_trait;
 use mcp_shared::{
     ids::{SecretName, ServerName, UserId},
     store::{
-        Collection, Document, Fact, Lease, Revision, SealedSecret, SealedServer, Store, StoreError,
-        StoredTools, Versioned,
+        Collection, Document, Fact, Lease, Revision, SealedSecret, SealedServer, SecretRow, Store,
+        StoreError, StoredTools, Versioned,
     },
     timestamp::Timestamp,
 };
@@ -99,6 +99,11 @@ impl Store for Faulty {
         self.pass(move |store| async move { store.replace_server(&server, expected).await }).await
     }
 
+    async fn reseal_server(&self, server: &SealedServer, expected: Revision) -> Result<(), StoreError> {
+        let server = server.clone();
+        self.pass(move |store| async move { store.reseal_server(&server, expected).await }).await
+    }
+
     async fn delete_server(&self, name: &ServerName) -> Result<bool, StoreError> {
         let name = name.clone();
         self.pass(|store| async move { store.delete_server(&name).await }).await
@@ -127,6 +132,24 @@ impl Store for Faulty {
     async fn users_with_secrets(&self, server: &ServerName) -> Result<u64, StoreError> {
         let server = server.clone();
         self.pass(|store| async move { store.users_with_secrets(&server).await }).await
+    }
+
+    async fn secrets_after(
+        &self,
+        after: Option<(&str, &str)>,
+        limit: usize,
+    ) -> Result<Vec<SecretRow>, StoreError> {
+        let after = after.map(|(user, key)| (user.to_owned(), key.to_owned()));
+        let page = move |store: Arc<dyn Store>| async move {
+            let after = after.as_ref().map(|(user, key)| (user.as_str(), key.as_str()));
+            store.secrets_after(after, limit).await
+        };
+        self.pass(page).await
+    }
+
+    async fn reseal_secret(&self, row: &SecretRow, value: &str) -> Result<bool, StoreError> {
+        let (row, value) = (row.clone(), value.to_owned());
+        self.pass(move |store| async move { store.reseal_secret(&row, &value).await }).await
     }
 
     async fn legacy_secrets(&self) -> Result<u64, StoreError> {
@@ -183,6 +206,19 @@ impl Store for Faulty {
         self.pass(move |store| async move { store.documents_of(collection, &server).await }).await
     }
 
+    async fn documents_after(
+        &self,
+        collection: Collection,
+        after: Option<&str>,
+        limit: usize,
+    ) -> Result<Vec<(String, Option<Versioned<Document>>)>, StoreError> {
+        let after = after.map(str::to_owned);
+        self.pass(
+            move |store| async move { store.documents_after(collection, after.as_deref(), limit).await },
+        )
+        .await
+    }
+
     async fn document(
         &self,
         collection: Collection,
@@ -209,6 +245,17 @@ impl Store for Faulty {
     ) -> Result<Revision, StoreError> {
         let document = document.clone();
         self.pass(move |store| async move { store.replace_document(collection, &document, expected).await })
+            .await
+    }
+
+    async fn reseal_document(
+        &self,
+        collection: Collection,
+        document: &Document,
+        expected: Revision,
+    ) -> Result<(), StoreError> {
+        let document = document.clone();
+        self.pass(move |store| async move { store.reseal_document(collection, &document, expected).await })
             .await
     }
 

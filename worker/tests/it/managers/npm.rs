@@ -293,7 +293,7 @@ async fn nothing_comes_from_outside_of_the_registry() {
     }
     for version in ["-g", "file:/etc", "git+https://x", "https://x/y.tgz", "npm:other", "1;id", ">=0\n"] {
         let error = refused(&bench, &npm("plain", Some(version))).await;
-        assert_eq!(error.code, ErrorCode::InvalidRequest, "{version}");
+        assert_eq!(error.code, ErrorCode::InvalidVersion, "{version}");
     }
     assert_eq!(bench.registry.requests().len(), asked, "nothing was asked for");
 }

@@ -378,7 +378,7 @@ async fn names_and_versions_are_held_to_their_grammar() {
         assert_eq!(error.code, ErrorCode::InvalidPackageName, "{name}");
     }
     let mut spec = python("plain", Some("latest"));
-    assert_eq!(bench.resolve(&spec).await.unwrap_err().code, ErrorCode::InvalidRequest);
+    assert_eq!(bench.resolve(&spec).await.unwrap_err().code, ErrorCode::InvalidVersion);
     spec.version = None;
     spec.pip_dependencies = Some(vec!["-r x".to_owned()]);
     assert_eq!(bench.resolve(&spec).await.unwrap_err().code, ErrorCode::InvalidRequest);
