@@ -6,11 +6,13 @@ use axum::{body::Body, extract::FromRequestParts};
 use bytes::Bytes;
 use http::{HeaderMap, header, request::Parts};
 use mcp_shared::{
+    audit::{Audit, Recorded},
     egress::Egress,
     error::{ErrorCode, WorkerError},
     fleet::NodeReport,
     ids::{RequestId, ServerName, UserId},
     json::RawJson,
+    launch::LaunchRules,
     limits,
     metrics::Exposition,
     store::StoreError,
@@ -22,22 +24,27 @@ use url::Url;
 
 use crate::{
     admission::{Admission, Room},
-    body::{self, Field, Fields},
+    auth::Authenticator,
+    body,
     latest::LatestVersions,
     problem::Problem,
-    routes::server_view::Viewer,
+    routes::keys::Keys,
 };
 
 /// The state of the HTTP side.
 pub struct App {
     /// What is stored.
     pub vault: Vault,
+    /// What is done with keys while the program runs.
+    pub keys: Keys,
     /// Who does the work.
     pub worker: Arc<dyn WorkerApi>,
     /// This gateway.
     pub me: NodeReport,
     /// The largest body, in bytes.
     pub payload_limit: usize,
+    /// Who may come in.
+    pub authenticator: Arc<Authenticator>,
     /// How much is taken in at once.
     pub admission: Admission,
     /// What is shown of it, and of all the rest.
@@ -52,6 +59,10 @@ pub struct App {
     pub latest: LatestVersions,
     /// Where browsers find this program, if it was told.
     pub public_url: Option<Url>,
+    /// What may be started as a server.
+    pub launch: LaunchRules,
+    /// Where it is recorded who did what.
+    pub audit: Audit,
 }
 
 /// A body that was taken in. Its room is taken as long as this is held.
@@ -103,8 +114,11 @@ impl<S: Send + Sync> FromRequestParts<S> for Server {
 impl App {
     /// Writes to the store and tells the workers, as one step: a client that hangs up between the two must
     /// not leave workers with a state that is no longer stored. The outer error is the announcement's.
+    ///
+    /// It is recorded by then, and so is its end, when it is over.
     pub async fn commit<T: Send + 'static>(
         &self,
+        recorded: &Recorded,
         change: Change,
         write: impl Future<Output = Result<T, VaultError>> + Send + 'static,
     ) -> Result<Result<T, VaultError>, Problem> {
@@ -115,6 +129,7 @@ impl App {
         {
             return Err(error.into());
         }
+        let recorded = recorded.share();
         let step = self.changes.spawn(async move {
             let written = write.await;
             // A write that got no answer in time may have happened all the same.
@@ -124,6 +139,7 @@ impl App {
                 }
                 Err(_) => Ok(()),
             };
+            drop(recorded);
             (written, told)
         });
         match step.await.map_err(WorkerError::internal)? {
@@ -154,11 +170,6 @@ impl App {
         Ok(reports)
     }
 
-    /// Who looks at answers. There is no authentication yet, and without it everybody may do everything.
-    pub fn viewer(&self) -> Viewer {
-        Viewer { admin: true }
-    }
-
     /// Reads a JSON body within this program's limits.
     pub async fn body(&self, headers: &HeaderMap, body: Body) -> Result<Taken, Problem> {
         let mut room = self.admission.body();
@@ -169,14 +180,6 @@ impl App {
     /// What stands for a body where none was sent: an object without fields.
     pub fn no_body(&self) -> Taken {
         Taken { bytes: Bytes::from_static(b"{}"), room: self.admission.body() }
-    }
-}
-
-/// The user that a body names, or the default one.
-pub fn user(fields: &Fields<'_>) -> Result<UserId, Problem> {
-    match fields.text("username")? {
-        Field::Value(name) => Ok(UserId::parse(&name)?),
-        Field::Absent | Field::Null => Ok(UserId::default()),
     }
 }
 

@@ -4,11 +4,12 @@
 use std::{sync::Arc, time::Duration};
 
 use mcp_shared::{
+    audit::Audit,
     config::Settings,
     fleet::{NodeReport, Role},
     ids::WorkerId,
     metrics::Exposition,
-    node::{self, NodeError},
+    node::{self, NodeError, Reloader},
     vault::Vault,
     worker_api::WorkerApi,
 };
@@ -36,18 +37,21 @@ impl Backend {
         vault: &Vault,
         me: &NodeReport,
         stop: &CancellationToken,
+        audit: &Audit,
     ) -> Result<Self, NodeError> {
         match &settings.bus {
             None => {
                 let program = supervisor::this_program();
                 let (packages, remote, limits) = (&settings.packages, &settings.remote, &settings.limits);
                 let boot = Boot::Everything;
-                let worker = Worker::open(vault.clone(), program, boot, packages, remote, limits).await?;
+                let audit = Some(audit.clone());
+                let worker =
+                    Worker::open(vault.clone(), program, boot, packages, remote, limits, audit).await?;
                 worker.serve_jobs(Arc::clone(&worker) as Arc<dyn WorkerApi>);
                 Ok(Backend::Here(worker))
             }
             Some(bus) => {
-                let connect = async || cluster::connect(bus, me).await;
+                let connect = async || cluster::connect(bus, me, vault).await;
                 node::patiently(settings, stop, connect).await.map(Backend::Fleet)
             }
         }
@@ -59,6 +63,16 @@ impl Backend {
             Backend::Here(worker) => Arc::clone(worker) as Arc<dyn WorkerApi>,
             Backend::Fleet(cluster) => Arc::clone(&cluster.worker),
         }
+    }
+
+    /// Reads the keys of this gateway, and of a worker in its process, anew while it runs.
+    pub fn reloader(&self, settings: &Settings, vault: &Vault, me: &NodeReport) -> Arc<Reloader> {
+        let fleet = match self {
+            // It has the same keys, in the same place.
+            Backend::Here(_) => None,
+            Backend::Fleet(cluster) => Some(Arc::clone(&cluster.worker)),
+        };
+        Reloader::new(settings, vault, me, fleet)
     }
 
     /// Shows what the worker of this process, if there is one, is busy with.

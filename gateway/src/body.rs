@@ -196,6 +196,14 @@ impl<'a> Fields<'a> {
                 return Err(Problem::invalid(format!("{} appears twice in the body", shorten(name, 64))));
             }
         }
+        for (name, value) in &members {
+            // The arguments of a call go to its server byte for byte, who reads them as it will.
+            let read_here = name != "args" && value.get().starts_with(['{', '[']);
+            if read_here && !json::is_unambiguous(value.get().as_bytes()) {
+                let name = shorten(name, 64);
+                return Err(Problem::invalid(format!("something appears twice in {name}")));
+            }
+        }
         Ok(Self { whole, members })
     }
 
@@ -254,6 +262,7 @@ mod tests {
         assert_eq!(fails("[1,2]"), (ErrorCode::InvalidRequest, "The body must be a JSON object".to_owned()));
         assert_eq!(fails("\"str\"").0, ErrorCode::InvalidRequest);
         assert_eq!(fails(r#"{"serverName":"a","serverName":"b"}"#).1, "serverName appears twice in the body");
+        assert_eq!(fails(r#"{"env":{"A":"b","\u0041":"c"}}"#).1, "something appears twice in env");
         assert_eq!(fails(r#"{"serverName":{"$ne":null}}"#).1, "serverName must be a string");
         assert!(fails(r#"{"serverName":null}"#).1.starts_with("serverName is required"));
     }

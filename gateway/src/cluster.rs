@@ -7,7 +7,9 @@ use mcp_nats::{
     connect::OpenError,
     router::{Describe, Router},
 };
-use mcp_shared::{config::BusSettings, fleet::NodeReport, node::NodeError, worker_api::WorkerApi};
+use mcp_shared::{
+    config::BusSettings, fleet::NodeReport, node::NodeError, vault::Vault, worker_api::WorkerApi,
+};
 use tokio::sync::watch;
 
 /// The workers of a fleet, as one.
@@ -26,11 +28,11 @@ impl Cluster {
 
 /// Connects to the bus and logs in, once; whoever starts the program is patient with it. `me` is what the
 /// fleet is told of this gateway.
-pub async fn connect(settings: &BusSettings, me: &NodeReport) -> Result<Cluster, NodeError> {
+pub async fn connect(settings: &BusSettings, me: &NodeReport, vault: &Vault) -> Result<Cluster, NodeError> {
     let bus = Bus::open(settings, me.id.clone()).await.map_err(|error| unusable(settings, error))?;
     let describe: Describe = {
-        let me = me.clone();
-        Arc::new(move || me.clone())
+        let (me, vault) = (me.clone(), vault.clone());
+        Arc::new(move || NodeReport { keys: vault.kids(), ..me.clone() })
     };
     let joined = Router::join(bus, describe, watch::channel(()).1).await;
     let router = joined.map_err(|error| unusable(settings, error))?;
@@ -38,7 +40,8 @@ pub async fn connect(settings: &BusSettings, me: &NodeReport) -> Result<Cluster,
     Ok(Cluster { worker: Arc::new(router.clone()), router })
 }
 
-fn unusable(settings: &BusSettings, error: OpenError) -> NodeError {
+/// Why a bus cannot be used, for people.
+pub fn unusable(settings: &BusSettings, error: OpenError) -> NodeError {
     let servers = settings.shown();
     match error {
         OpenError::Unreachable(cause) => NodeError::BusUnreachable { servers, cause },

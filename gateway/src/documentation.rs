@@ -1,22 +1,29 @@
 //! The tables of the README are made from the code, and this is what makes and checks them. The fault matrix is
-//! written by hand, and this is what keeps it from naming tests that are gone.
+//! written by hand, as are the threats, and this is what keeps them from naming tests that are gone.
 
 use std::{fmt::Write, path::Path};
 
-use mcp_shared::{config, error::ErrorCode, limits};
+use mcp_shared::{audit::Action, config, error::ErrorCode, limits};
 
 use crate::problem::status;
 
 const README: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../README.md");
 const FAULTS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/FAULTS.md");
+const SECURITY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../SECURITY.md");
+/// Threats, and weaknesses of mcp-api, that must have a row.
+const THREATS: usize = 35;
+const WEAKNESSES: usize = 23;
 
 #[test]
 fn the_readme_has_the_tables_of_this_version() {
     let old = std::fs::read_to_string(README).unwrap();
     let mut new = old.clone();
-    for (name, table) in
-        [("variables", config::markdown_table()), ("codes", codes()), ("limits", limits_table())]
-    {
+    for (name, table) in [
+        ("variables", config::markdown_table()),
+        ("codes", codes()),
+        ("limits", limits_table()),
+        ("audit", actions()),
+    ] {
         new = replaced(&new, name, &table);
     }
     if std::env::var_os("UPDATE_DOCS").is_some() {
@@ -47,6 +54,29 @@ fn the_fault_matrix_names_tests_that_exist() {
     assert!(rows > 100, "only {rows} rows were found");
 }
 
+/// Each threat names tests that there are.
+#[test]
+fn the_threats_name_tests_that_exist() {
+    let text = std::fs::read_to_string(SECURITY).unwrap();
+    let mut found = Vec::new();
+    for row in text.lines() {
+        let cells: Vec<&str> = row.split('|').map(str::trim).collect();
+        let ["", number, _, _, shown, ""] = cells[..] else { continue };
+        if shown == "shown by" || shown.starts_with("---") {
+            continue;
+        }
+        found.push(number.to_owned());
+        let tests = named_tests(shown);
+        assert!(!tests.is_empty(), "nothing shows it: {row}");
+        for (file, function) in tests {
+            assert!(is_test(&file, function), "there is no test {function} in {file}");
+        }
+    }
+    let threats = (1..=THREATS).map(|number| format!("S{number}"));
+    let weaknesses = (1..=WEAKNESSES).map(|number| format!("L{number}"));
+    assert_eq!(found, threats.chain(weaknesses).collect::<Vec<_>>(), "each has a row, in order");
+}
+
 /// The tests that a text names: files and functions.
 fn named_tests(text: &str) -> Vec<(String, &str)> {
     let quoted = text.split('`').skip(1).step_by(2);
@@ -71,6 +101,14 @@ fn codes() -> String {
         let retryable = if code.retryable() { "yes" } else { "no" };
         let status = status(*code).as_u16();
         writeln!(table, "| `{code}` | {status} | {retryable} | {} |", code.meaning()).unwrap();
+    }
+    table
+}
+
+fn actions() -> String {
+    let mut table = "| action | meaning |\n|---|---|\n".to_owned();
+    for action in Action::ALL {
+        writeln!(table, "| `{}` | {} |", action.as_str(), action.meaning()).unwrap();
     }
     table
 }

@@ -1,7 +1,12 @@
 //! What happens to every request before and after its handler: id, checks of the connection's claims,
 //! errors made into documents, one line in the log.
 
-use std::{net::IpAddr, panic::AssertUnwindSafe, sync::Arc, time::Instant};
+use std::{
+    net::IpAddr,
+    panic::AssertUnwindSafe,
+    sync::{Arc, OnceLock},
+    time::Instant,
+};
 
 use axum::{
     extract::{MatchedPath, Request, State},
@@ -11,12 +16,19 @@ use axum::{
 use futures_util::FutureExt;
 use http::{HeaderMap, HeaderName, HeaderValue, header};
 use mcp_shared::{
+    audit::Audit,
     error::{ErrorCode, Outcome, WorkerError, shorten},
     ids::RequestId,
     limits,
+    principal::Principal,
 };
 
-use crate::{body::Discarding, problem::Problem};
+use crate::{
+    audit::{Trail, note_denied},
+    body::Discarding,
+    cors::Cors,
+    problem::Problem,
+};
 
 /// The header that names a request.
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -31,12 +43,14 @@ const PROBES: [&str; 2] = ["/healthz", "/readyz"];
 pub struct Allowed {
     hosts: Vec<String>,
     origins: Vec<String>,
+    cors: Cors,
+    audit: OnceLock<Audit>,
 }
 
 impl Allowed {
-    /// `hosts` and `origins` as configured. Loopback names are accepted in any case: requests that
+    /// `hosts`, `origins` and `cors` as configured. Loopback names are accepted in any case: requests that
     /// carry them come from this machine or from somebody who can write any header.
-    pub fn new(hosts: Vec<String>, origins: Vec<String>, listen: String) -> Self {
+    pub fn new(hosts: Vec<String>, origins: Vec<String>, cors: Cors, listen: String) -> Self {
         let mut hosts: Vec<_> = hosts.into_iter().map(|host| host.to_ascii_lowercase()).collect();
         match listen.parse::<IpAddr>() {
             // "All addresses" is an address to listen on, not one that an honest client asks for.
@@ -44,7 +58,12 @@ impl Allowed {
             Ok(IpAddr::V6(address)) => hosts.push(format!("[{address}]")),
             _ => hosts.push(listen.to_ascii_lowercase()),
         }
-        Self { hosts, origins }
+        Self { hosts, origins, cors, audit: OnceLock::new() }
+    }
+
+    /// Has refused requests recorded from now on.
+    pub fn record_in(&self, audit: Audit) {
+        let _ = self.audit.set(audit);
     }
 
     /// Refuses requests that a web page made in somebody's browser (DNS rebinding, cross-site), and
@@ -59,11 +78,16 @@ impl Allowed {
             return Err(Problem::invalid("The Host header is required"));
         }
         let probe = route.is_some_and(|route| PROBES.contains(&route));
-        if !probe && host.into_iter().chain(target).any(|host| !self.host_allowed(&host)) {
+        if !probe && host.iter().chain(&target).any(|host| !self.host_allowed(host)) {
             return Err(Problem::new(
                 ErrorCode::HostNotAllowed,
                 "The Host header names a host that is not allowed",
             ));
+        }
+        if let (Some(host), Some(target)) = (host, target)
+            && !host.eq_ignore_ascii_case(&target)
+        {
+            return Err(Problem::invalid("The Host header and the address name two hosts"));
         }
         if let Some(origin) = single(headers, &header::ORIGIN)?
             && !self.origin_allowed(&origin)
@@ -73,6 +97,8 @@ impl Allowed {
                 "Requests from this web origin are not allowed",
             ));
         }
+        // Whoever reads the body goes by one of them.
+        single(headers, &header::CONTENT_TYPE)?;
         if headers.contains_key(header::TRANSFER_ENCODING) && headers.contains_key(header::CONTENT_LENGTH) {
             return Err(Problem::invalid("Content-Length and Transfer-Encoding cannot stand together")
                 .header(header::CONNECTION, HeaderValue::from_static("close")));
@@ -89,6 +115,7 @@ impl Allowed {
     fn origin_allowed(&self, origin: &str) -> bool {
         let own = origin.strip_prefix("http://").or_else(|| origin.strip_prefix("https://"));
         own.is_some_and(|host| is_loopback(without_port(host)))
+            || self.cors.has(origin)
             || self.origins.iter().any(|allowed| allowed.eq_ignore_ascii_case(origin))
     }
 }
@@ -139,25 +166,43 @@ pub async fn edge(State(allowed): State<Arc<Allowed>>, mut request: Request, nex
     let start = Instant::now();
     let route = request.extensions().get::<MatchedPath>().map(|path| path.as_str().to_owned());
     let method = request.method().clone();
+    let reader = allowed.cors.reader(request.headers());
     let (id, checked) = match request_id(request.headers()) {
         Ok(id) => (id, allowed.check(&request, route.as_deref())),
         Err(problem) => (RequestId::generate(), Err(problem)),
     };
+    // A browser's question is answered here: it comes without credentials, and no route knows it.
+    let checked = checked.and_then(|()| match &reader {
+        Some(reader) => reader.preflight(&request).transpose(),
+        None => Ok(None),
+    });
     request.extensions_mut().insert(id.clone());
+    let trail = Trail::default();
+    request.extensions_mut().insert(trail.clone());
     let body = std::mem::take(request.body_mut());
     *request.body_mut() = Discarding::wrap(request.headers(), body);
     // Whatever is wrong with a call before its handler, it was not started.
     let of_route =
         |problem: Problem| if route.as_deref() == Some(CALL) { problem.not_started() } else { problem };
     let mut response = match checked {
-        Err(problem) => of_route(problem).into_answer(&id),
-        Ok(()) => match AssertUnwindSafe(next.run(request)).catch_unwind().await {
+        Err(problem) => {
+            let code = problem.code();
+            let mut answer = of_route(problem).into_answer(&id);
+            answer.extensions_mut().insert(code);
+            answer
+        }
+        Ok(Some(response)) => response,
+        Ok(None) => match AssertUnwindSafe(next.run(request)).catch_unwind().await {
             Ok(mut response) => match response.extensions_mut().remove::<Problem>() {
                 Some(problem) => {
                     let code = problem.code();
                     let allow = response.headers_mut().remove(header::ALLOW);
+                    let principal = response.extensions_mut().remove::<Arc<Principal>>();
                     let mut answer = of_route(problem).into_answer(&id);
                     answer.extensions_mut().insert(code);
+                    if let Some(principal) = principal {
+                        answer.extensions_mut().insert(principal);
+                    }
                     if let Some(allow) = allow {
                         answer.headers_mut().insert(header::ALLOW, allow);
                     }
@@ -179,12 +224,20 @@ pub async fn edge(State(allowed): State<Arc<Allowed>>, mut request: Request, nex
     }
     response.headers_mut().insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     response.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    allowed.cors.mark(reader, response.headers_mut());
+    trail.end(response.status(), response.extensions().get::<ErrorCode>().copied());
+    if let Some(audit) = allowed.audit.get() {
+        let call = route.as_deref() == Some(CALL);
+        note_denied(audit, &id, (method.as_str(), route.as_deref()), call, &response);
+    }
     tracing::info!(
         target: "mcp_gateway::access",
         request_id = %id,
         method = %shorten(method.as_str(), 16),
         // The pattern that matched, never the path: paths are the caller's words.
         route = route.as_deref().unwrap_or("-"),
+        // Who, as far as that was found out; never a credential.
+        caller = response.extensions().get::<Arc<Principal>>().map(|caller| tracing::field::display(&caller.credential)),
         status = response.status().as_u16(),
         code = response.extensions().get::<ErrorCode>().map(|code| code.as_str()),
         duration_ms = start.elapsed().as_secs_f64() * 1_000.0,
@@ -209,6 +262,7 @@ mod tests {
         let allowed = Allowed::new(
             vec!["api.example.org".into(), "other:8443".into()],
             vec!["https://app.example.org".into()],
+            Cors::new(vec!["https://page.example.org".into()]),
             "192.0.2.7".into(),
         );
         for good in [
@@ -229,7 +283,12 @@ mod tests {
         {
             assert!(!allowed.host_allowed(bad), "{bad}");
         }
-        for good in ["http://localhost:3000", "https://127.0.0.1", "https://app.example.org"] {
+        for good in [
+            "http://localhost:3000",
+            "https://127.0.0.1",
+            "https://app.example.org",
+            "https://page.example.org",
+        ] {
             assert!(allowed.origin_allowed(good), "{good}");
         }
         for bad in

@@ -20,11 +20,60 @@ use mcp_shared::{
 use subtle::ConstantTimeEq;
 use url::Url;
 
-use crate::{app::App, problem::Problem};
+use crate::{
+    app::App,
+    auth::{Authenticator, tickets::PARAMETER},
+    problem::Problem,
+    serve::Scheme,
+};
 
 /// Where browsers find this program: `PUBLIC_URL`, or where this request found it. The edge has checked
 /// the name.
 pub struct Origin(pub Url);
+
+/// Where browsers find this program, for whoever has to log in first.
+pub struct Invitation {
+    origin: Origin,
+    authenticator: Arc<Authenticator>,
+}
+
+impl FromRequestParts<Arc<App>> for Invitation {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, app: &Arc<App>) -> Result<Self, Problem> {
+        let origin = Origin::from_request_parts(parts, app).await?;
+        Ok(Self { origin, authenticator: Arc::clone(&app.authenticator) })
+    }
+}
+
+impl Invitation {
+    /// Adds to `reauth_required` where the user begins a login. Where callers are asked who they are, a browser is
+    /// not, and so the link itself says for whom it is.
+    pub fn invite(&self, error: WorkerError) -> WorkerError {
+        let mut error = self.origin.invite(error);
+        let text = |field: &str| error.details.get(field).and_then(|value| value.as_str());
+        let (Some(url), Some(server), Some(user)) = (text("loginUrl"), text("serverName"), text("username"))
+        else {
+            return error;
+        };
+        if !self.authenticator.asks() {
+            return error;
+        }
+        let server = ServerName::from_stored(server);
+        let link = self.authenticator.link(&UserId::from_stored(user), &server);
+        let link = link.ok().flatten().and_then(|ticket| {
+            let mut url = Url::parse(url).ok()?;
+            url.query_pairs_mut().append_pair(PARAMETER, &ticket);
+            Some(url)
+        });
+        match link {
+            Some(url) => error.details.insert("loginUrl".to_owned(), url.as_str().into()),
+            // A link that leads nowhere helps nobody.
+            None => error.details.shift_remove("loginUrl"),
+        };
+        error
+    }
+}
 
 impl FromRequestParts<Arc<App>> for Origin {
     type Rejection = Problem;
@@ -36,9 +85,10 @@ impl FromRequestParts<Arc<App>> for Origin {
         let target = parts.uri.authority().map(|authority| authority.as_str());
         let host = parts.headers.get(header::HOST).and_then(|host| host.to_str().ok());
         let url = target.or(host).and_then(|host| {
-            let plain = Url::parse(&format!("http://{host}/")).ok();
+            let scheme = parts.extensions.get::<Scheme>().copied().unwrap_or_default().as_str();
+            let plain = Url::parse(&format!("{scheme}://{host}/")).ok();
             // An IPv6 address that its sender put no brackets around.
-            plain.or_else(|| Url::parse(&format!("http://[{host}]/")).ok())
+            plain.or_else(|| Url::parse(&format!("{scheme}://[{host}]/")).ok())
         });
         let plain = |url: &Url| url.path() == "/" && url.query().is_none() && url.username().is_empty();
         url.filter(plain).map(Self).ok_or_else(|| Problem::invalid("The Host header is not valid"))
@@ -101,11 +151,6 @@ impl Parameters {
     /// A parameter that is there and not empty.
     pub fn get(&self, name: &str) -> Option<&str> {
         self.0.get(name).map(String::as_str).filter(|value| !value.is_empty())
-    }
-
-    /// The user that is named, or the default one.
-    pub fn user(&self, name: &str) -> Result<UserId, Problem> {
-        Ok(self.get(name).map(UserId::parse).transpose()?.unwrap_or_default())
     }
 }
 

@@ -1,31 +1,43 @@
 //! `mcp-gateway`: parses, wires, runs.
 
 mod admission;
+mod api_keys_command;
 mod app;
+mod audit;
+mod auth;
 mod backend;
 mod body;
+mod caller;
 mod check;
 mod cluster;
+mod cors;
 #[cfg(test)]
 mod documentation;
 mod edge;
+mod guard;
 mod install_on_start;
+mod keys;
 mod latest;
 mod login;
+mod nkeys;
 mod pace;
 mod problem;
 mod router;
 mod routes;
 mod serve;
+mod tls;
+mod verify;
 
 use std::{io::Write, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
 use clap::{Parser, Subcommand};
 use mcp_shared::{
-    config::{self, Settings},
-    lifecycle::{self, EX_TEMPFAIL, complain},
+    audit::Audit,
+    config::{self, Auth, Settings},
+    lifecycle::{self, EX_CONFIG, EX_TEMPFAIL, Hangups, complain},
     metrics::Exposition,
     node::{self, NodeError},
+    vault::Vault,
 };
 use mcp_worker::program;
 use tokio::{
@@ -35,9 +47,15 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use admission::Admission;
+use api_keys_command::ApiKeysCommand;
 use app::App;
+use auth::Authenticator;
 use backend::Backend;
+use cors::Cors;
+use keys::KeysCommand;
 use latest::LatestVersions;
+use routes::keys::Keys;
+use serve::{Door, Scheme};
 
 /// How long answers may take to leave after the last server was stopped.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
@@ -57,8 +75,40 @@ struct Arguments {
 enum Command {
     /// Serve the API (the default).
     Serve,
+    /// Make, list and revoke API keys.
+    #[command(subcommand)]
+    ApiKeys(ApiKeysCommand),
+    /// Print every route of the API, and the scope that it needs.
+    Routes,
     /// Print the effective settings, and whether store, bus, key and data folder can be used.
     Check,
+    /// Make keys for logging in to NATS: a file with the seed for each name, and the public keys as
+    /// nats/nats-server.conf expects them.
+    Nkeys {
+        /// Whose: gateway, worker, operator, or the name of a service.
+        #[arg(required = true)]
+        names: Vec<String>,
+        /// The folder of the files.
+        #[arg(long, default_value = ".")]
+        folder: PathBuf,
+    },
+    /// Make, list, change and retire encryption keys.
+    #[command(subcommand)]
+    Keys(KeysCommand),
+    /// Look at the audit log.
+    Audit {
+        #[command(subcommand)]
+        command: AuditCommand,
+    },
+}
+
+#[derive(Subcommand)]
+enum AuditCommand {
+    /// Say whether every line is as it was written, or which is the first that is not (exit status 1).
+    Verify {
+        /// Files, with all that were put aside before them; those of this machine if none is named.
+        files: Vec<PathBuf>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -66,10 +116,27 @@ fn main() -> ExitCode {
         return ended;
     }
     let arguments = Arguments::parse();
+    // It needs no settings.
+    if let Some(Command::Nkeys { names, folder }) = &arguments.command {
+        return nkeys::run(names, folder);
+    }
     lifecycle::run("mcp-gateway", arguments.env_file, async |settings| match arguments.command {
+        Some(Command::ApiKeys(command)) => api_keys_command::run(settings, command).await,
+        Some(Command::Routes) => routes_command(),
         Some(Command::Check) => check::run(settings).await,
-        Some(Command::Serve) | None => run(settings).await,
+        Some(Command::Keys(command)) => keys::run(settings, command).await,
+        Some(Command::Audit { command: AuditCommand::Verify { files } }) => verify::run(settings, &files),
+        Some(Command::Serve | Command::Nkeys { .. }) | None => run(settings).await,
     })
+}
+
+/// `mcp-gateway routes`.
+fn routes_command() -> ExitCode {
+    let mut out = std::io::stdout().lock();
+    for route in router::table() {
+        let _ = writeln!(out, "{:<6} {:<36} {}", route.method.as_str(), route.path, route.access.as_str());
+    }
+    ExitCode::SUCCESS
 }
 
 /// Serves until a signal, and then stops in order: no new connections, requests in flight, processes.
@@ -77,6 +144,20 @@ async fn run(settings: &Settings) -> ExitCode {
     let stop = match lifecycle::begin(settings) {
         Ok(stop) => stop,
         Err(status) => return status,
+    };
+    let door = match Door::new(settings) {
+        Ok(door) => door,
+        Err(error) => {
+            complain(&error.to_string());
+            return ExitCode::from(EX_CONFIG);
+        }
+    };
+    let hangups = match Hangups::listen() {
+        Ok(hangups) => hangups,
+        Err(error) => {
+            complain(&format!("signals cannot be received: {error}"));
+            return ExitCode::FAILURE;
+        }
     };
     // The address first: two programs on one port is the commoner mistake.
     let address = lifecycle::address(&settings.host, settings.port);
@@ -92,20 +173,25 @@ async fn run(settings: &Settings) -> ExitCode {
     let allowed = Arc::new(edge::Allowed::new(
         settings.allowed_hosts.clone(),
         settings.allowed_origins.clone(),
+        Cors::new(settings.http.cors_origins.clone()),
         settings.host.to_string(),
     ));
     let changes = TaskTracker::new();
     let api = serve::Api::starting(router::starting(Arc::clone(&allowed)));
     // From now on, so that an orchestrator sees what a start is waiting for.
     let closed = CancellationToken::new();
-    let serving = tokio::spawn(serve::serve(listener, api.clone(), stop.clone(), closed.clone()));
-    let (backend, app) = match start(settings, changes.clone(), &stop).await {
+    let serving =
+        tokio::spawn(serve::serve(listener, door.clone(), api.clone(), stop.clone(), closed.clone()));
+    let (backend, app) = match start(settings, &door, changes.clone(), &stop).await {
         Ok(started) => started,
         Err(error) => return error.report(),
     };
     let app = Arc::new(app);
+    let audit = app.audit.clone();
+    allowed.record_in(audit.clone());
     api.set(router::router(Arc::clone(&app), allowed));
-    announce(settings, &address);
+    app.changes.spawn(Arc::clone(&app.keys.reloader).serve(hangups, stop.clone()));
+    announce(settings, door.scheme(), &address);
     // Nothing waits for it: it may take long, and fail, while calls are taken.
     tokio::spawn(install_on_start::run(app, settings.packages.install_on_start.clone()));
     stop.cancelled().await;
@@ -131,6 +217,7 @@ async fn run(settings: &Settings) -> ExitCode {
         // Calls that ended because their server was stopped have answers too.
         let _ = timeout(LAST_ANSWERS, answered).await;
     }
+    audit.close().await;
     tracing::info!("stopped");
     ExitCode::SUCCESS
 }
@@ -138,21 +225,29 @@ async fn run(settings: &Settings) -> ExitCode {
 /// Opens what the API stands on, and puts the API before it.
 async fn start(
     settings: &Settings,
+    door: &Door,
     changes: TaskTracker,
     stop: &CancellationToken,
 ) -> Result<(Backend, App), NodeError> {
     let vault = node::open(settings, stop).await?;
     let me = backend::myself(&vault);
-    let backend = Backend::open(settings, &vault, &me, stop).await?;
+    warn_of_records(settings, &vault).await?;
+    let audit = Audit::open(&settings.audit, "mcp-gateway")?;
+    let backend = Backend::open(settings, &vault, &me, stop, &audit).await?;
     vault.record_key().await?;
+    let authenticator = Arc::new(Authenticator::open(settings, &vault, stop).await?);
     let (admission, mut metrics) = (Admission::new(&settings.limits), Exposition::default());
+    door.show(&mut metrics);
     admission.show(&mut metrics);
     backend.show(&mut metrics);
+    let keys = Keys::new(backend.reloader(settings, &vault, &me));
     let app = App {
         vault,
+        keys,
         worker: backend.worker(),
         me,
         payload_limit: settings.payload_limit,
+        authenticator,
         admission,
         metrics,
         changes,
@@ -160,14 +255,37 @@ async fn start(
         egress: settings.remote.egress.clone(),
         latest: LatestVersions::default(),
         public_url: settings.remote.public_url.clone(),
+        launch: settings.launch.clone(),
+        audit,
     };
     Ok((backend, app))
 }
 
+/// Servers that were registered before there were rules go on. Whoever set the rules should know.
+async fn warn_of_records(settings: &Settings, vault: &Vault) -> Result<(), NodeError> {
+    for server in vault.servers().await? {
+        if let Err(refused) = settings.launch.check(&server.value, None) {
+            let (server, reason) = (&server.value.name, &refused.message);
+            tracing::warn!(%server, reason, "a server is stored that could not be registered today; it goes on");
+        }
+    }
+    Ok(())
+}
+
 /// Tells a person where the program listens and what to do first.
-fn announce(settings: &Settings, address: &str) {
+fn announce(settings: &Settings, scheme: Scheme, address: &str) {
+    let plain = matches!(scheme, Scheme::Http);
+    let scheme = scheme.as_str();
     tracing::info!(%address, data_dir = %settings.data_dir.display(), "listening");
+    let asked = matches!(settings.auth, Auth::Asked(_));
+    if asked && plain && !settings.host.is_loopback() {
+        tracing::warn!(
+            "credentials and secrets come in over plain HTTP: set TLS_CERT_FILE and TLS_KEY_FILE, or let only a proxy \
+             that speaks HTTPS reach this port"
+        );
+    }
     let mut out = std::io::stdout().lock();
-    let _ = writeln!(out, "mcp-api {} listens on http://{address}", env!("CARGO_PKG_VERSION"));
-    let _ = writeln!(out, "Try: curl http://{address}/mcp/servers");
+    let _ = writeln!(out, "mcp-api {} listens on {scheme}://{address}", env!("CARGO_PKG_VERSION"));
+    let credential = if asked { "-H 'Authorization: Bearer ...' " } else { "" };
+    let _ = writeln!(out, "Try: curl {credential}{scheme}://{address}/mcp/servers");
 }

@@ -131,29 +131,39 @@ pub fn status(code: ErrorCode) -> StatusCode {
         | ErrorCode::InvalidJson
         | ErrorCode::InvalidServerName
         | ErrorCode::InvalidPackageName
+        | ErrorCode::InvalidVersion
         | ErrorCode::InvalidUrl
         | ErrorCode::InvalidHeader
         | ErrorCode::BlockedAddress
+        | ErrorCode::CommandNotAllowed
+        | ErrorCode::EnvNotAllowed
         | ErrorCode::InvalidState
         | ErrorCode::InvalidArguments => StatusCode::BAD_REQUEST,
-        ErrorCode::ReauthRequired => StatusCode::UNAUTHORIZED,
+        ErrorCode::Unauthorized | ErrorCode::ReauthRequired => StatusCode::UNAUTHORIZED,
         ErrorCode::RateLimited | ErrorCode::UpstreamRateLimited => StatusCode::TOO_MANY_REQUESTS,
-        ErrorCode::HostNotAllowed | ErrorCode::OriginNotAllowed | ErrorCode::BuiltinServer => {
-            StatusCode::FORBIDDEN
-        }
+        ErrorCode::HostNotAllowed
+        | ErrorCode::OriginNotAllowed
+        | ErrorCode::Forbidden
+        | ErrorCode::ForbiddenUser
+        | ErrorCode::BuiltinServer => StatusCode::FORBIDDEN,
         ErrorCode::NotFound
         | ErrorCode::ServerNotFound
         | ErrorCode::WorkerNotFound
+        | ErrorCode::ApiKeyNotFound
         | ErrorCode::ToolNotFound
         | ErrorCode::PackageNotFound
         | ErrorCode::VersionNotFound
-        | ErrorCode::JobNotFound => StatusCode::NOT_FOUND,
+        | ErrorCode::JobNotFound
+        | ErrorCode::KeyNotFound => StatusCode::NOT_FOUND,
         ErrorCode::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
         ErrorCode::RequestTimeout => StatusCode::REQUEST_TIMEOUT,
         ErrorCode::ServerAlreadyExists
         | ErrorCode::ServerDisabled
         | ErrorCode::InstallInProgress
         | ErrorCode::IdempotencyInProgress
+        | ErrorCode::KeysRefused
+        | ErrorCode::KeyInUse
+        | ErrorCode::RewrapInProgress
         | ErrorCode::Conflict => StatusCode::CONFLICT,
         ErrorCode::InstallWarnings
         | ErrorCode::InstallTooLarge
@@ -189,6 +199,8 @@ pub fn status(code: ErrorCode) -> StatusCode {
         | ErrorCode::BusUnavailable
         | ErrorCode::RuntimeMissing
         | ErrorCode::ShuttingDown
+        | ErrorCode::AuditUnavailable
+        | ErrorCode::IssuerUnavailable
         | ErrorCode::StoreUnavailable => StatusCode::SERVICE_UNAVAILABLE,
         ErrorCode::DeadlineExceeded | ErrorCode::InstallTimeout => StatusCode::GATEWAY_TIMEOUT,
         ErrorCode::StorageFull | ErrorCode::DiskFull => StatusCode::INSUFFICIENT_STORAGE,

@@ -1,10 +1,12 @@
 //! The handlers, one file per noun. [`crate::router`] lists the routes.
 
+pub mod api_keys;
 pub mod auth;
 pub mod fleet;
 pub mod google;
 pub mod health;
 pub mod jobs;
+pub mod keys;
 pub mod metrics;
 pub mod oauth;
 pub mod package_input;

@@ -12,12 +12,17 @@ use http::{HeaderValue, header};
 use hyper::{body::Incoming, server::conn::http1};
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
-    server::graceful::GracefulShutdown,
+    server::graceful::{GracefulShutdown, Watcher},
     service::TowerToHyperService,
 };
-use mcp_shared::limits;
+use mcp_shared::{
+    config::{HttpSettings, Settings},
+    limits,
+    metrics::{self, Exposition, Limit},
+};
 use nix::sys::socket::{setsockopt, sockopt};
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
     sync::Semaphore,
     task::{coop::unconstrained, yield_now},
@@ -26,7 +31,10 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tower::{ServiceExt, service_fn};
 
-use crate::pace::{Held, Paced, Serving};
+use crate::{
+    pace::{Held, Paced, Serving},
+    tls::{Tls, TlsError},
+};
 
 /// Connections that are accepted before others have their turn: as many as the system lets wait. (Tokio's own measure is 128.
 /// Where thousands of requests are at work a turn takes long, and whoever knocks meanwhile is turned away by the system.)
@@ -61,23 +69,82 @@ impl Api {
     }
 }
 
+/// What a request came over.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Scheme {
+    /// HTTP in clear. Something in front may have had it over TLS.
+    #[default]
+    Http,
+    /// HTTP over TLS that ended here.
+    Https,
+}
+
+impl Scheme {
+    /// As addresses begin.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Scheme::Http => "http",
+            Scheme::Https => "https",
+        }
+    }
+}
+
+/// Who is let in: so many at once, over TLS if there is a certificate.
+#[derive(Clone)]
+pub struct Door {
+    most: usize,
+    room: Arc<Semaphore>,
+    tls: Option<Arc<Tls>>,
+}
+
+impl Door {
+    /// As the settings say.
+    pub fn new(settings: &Settings) -> Result<Self, TlsError> {
+        let HttpSettings { tls, .. } = &settings.http;
+        let tls = tls.as_ref().map(Tls::open).transpose()?.map(Arc::new);
+        let most = settings.limits.connections;
+        Ok(Self { most, room: Arc::new(Semaphore::new(most)), tls })
+    }
+
+    /// What is spoken behind it.
+    pub fn scheme(&self) -> Scheme {
+        if self.tls.is_some() { Scheme::Https } else { Scheme::Http }
+    }
+
+    /// Shows how many are in.
+    pub fn show(&self, metrics: &mut Exposition) {
+        let (most, room) = (self.most, Arc::clone(&self.room));
+        metrics.show_count("gateway_connections", "Connections of clients to this gateway", move || {
+            most - room.available_permits()
+        });
+        metrics.show_count(
+            "gateway_connections_limit",
+            "Connections of clients that this gateway serves at once",
+            move || most,
+        );
+    }
+}
+
 /// Serves until `closed`; then takes no more connections and returns those that are open, to be waited
 /// for. From `leaving` on every answer is the last one of its connection, so that clients come back to
 /// somebody else.
 pub async fn serve(
     listener: TcpListener,
+    door: Door,
     api: Api,
     leaving: CancellationToken,
     closed: CancellationToken,
 ) -> GracefulShutdown {
     let graceful = GracefulShutdown::new();
-    let room = Arc::new(Semaphore::new(limits::CONNECTIONS));
+    if let Some(tls) = &door.tls {
+        tokio::spawn(Arc::clone(tls).follow());
+    }
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new())
         // Between requests. Heads that have begun have less time: see `pace.rs`.
         .header_read_timeout(limits::IDLE_TIMEOUT)
-        // Twice what is allowed: what is only a little too large gets a proper answer from the edge.
-        .max_headers(2 * limits::HEADER_COUNT)
+        // More than is allowed: what is only a little too large gets a proper answer from the edge.
+        .max_headers(3 * limits::HEADER_COUNT)
         .max_buf_size(2 * (limits::HEAD_BYTES + limits::URI_BYTES));
     let (mut newest, mut burst): (Option<Instant>, usize) = (None, 0);
     let mut closing: Option<Instant> = None;
@@ -106,26 +173,22 @@ pub async fn serve(
             }
         };
         // Those who are being served come before those who knock.
-        let Ok(permit) = Arc::clone(&room).try_acquire_owned() else { continue };
+        let Ok(permit) = Arc::clone(&door.room).try_acquire_owned() else {
+            metrics::count_refusal(Limit::Connections);
+            continue;
+        };
         tune(&stream);
         newest = Some(Instant::now());
-        let (api, leaving, serving) = (api.clone(), leaving.clone(), Serving::default());
-        let stream = Paced::new(stream, serving.clone());
-        let service = TowerToHyperService::new(service_fn(move |request: http::Request<Incoming>| {
-            let (api, leaving, hold) = (api.now(), leaving.clone(), serving.begin());
-            async move {
-                let request = request.map(|body| Held::new(body, hold.clone()));
-                let mut answer: axum::response::Response = api.oneshot(request).await?;
-                if leaving.is_cancelled() {
-                    answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
-                }
-                Ok::<_, Infallible>(answer.map(|body| Held::new(body, hold)))
-            }
-        }));
-        let connection = graceful.watch(http.serve_connection(TokioIo::new(stream), service));
+        let (http, api, leaving) = (http.clone(), api.clone(), leaving.clone());
+        let (tls, watcher) = (door.tls.clone(), graceful.watcher());
         tokio::spawn(async move {
-            if let Err(error) = connection.await {
-                tracing::debug!(error.cause = %error, "a connection ended with an error");
+            match tls {
+                None => talk(stream, Scheme::Http, &http, api, leaving, watcher).await,
+                Some(tls) => {
+                    if let Some(stream) = tls.accept(stream).await {
+                        talk(stream, Scheme::Https, &http, api, leaving, watcher).await;
+                    }
+                }
             }
             drop(permit);
         });
@@ -137,6 +200,34 @@ pub async fn serve(
         tokio::time::sleep(LATECOMERS).await;
     }
     graceful
+}
+
+/// Serves what comes over one connection, until it ends.
+async fn talk<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
+    stream: S,
+    scheme: Scheme,
+    http: &http1::Builder,
+    api: Api,
+    leaving: CancellationToken,
+    watcher: Watcher,
+) {
+    let serving = Serving::default();
+    let stream = Paced::new(stream, serving.clone());
+    let service = TowerToHyperService::new(service_fn(move |mut request: http::Request<Incoming>| {
+        let (api, leaving, hold) = (api.now(), leaving.clone(), serving.begin());
+        request.extensions_mut().insert(scheme);
+        async move {
+            let request = request.map(|body| Held::new(body, hold.clone()));
+            let mut answer: axum::response::Response = api.oneshot(request).await?;
+            if leaving.is_cancelled() {
+                answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+            }
+            Ok::<_, Infallible>(answer.map(|body| Held::new(body, hold)))
+        }
+    }));
+    if let Err(error) = watcher.watch(http.serve_connection(TokioIo::new(stream), service)).await {
+        tracing::debug!(error.cause = %error, "a connection ended with an error");
+    }
 }
 
 /// Small answers do not wait for the client's delayed acknowledgement, and a client that is gone, or reads no

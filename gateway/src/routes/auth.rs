@@ -6,6 +6,7 @@ use std::sync::Arc;
 use axum::{extract::State, response::Response};
 use http::{HeaderMap, StatusCode};
 use mcp_shared::{
+    audit::{Action, Object},
     error::{ErrorCode, WorkerError},
     remote::{BeginLogin, RemoteAnswer, RemoteAsk},
     store::StoreError,
@@ -16,6 +17,7 @@ use serde_json::json;
 
 use crate::{
     app::{App, Server},
+    caller::Caller,
     login::{Origin, Parameters, Ticket, invalid_state, page, refusal, returning},
     problem::{Problem, json_response},
 };
@@ -23,11 +25,14 @@ use crate::{
 /// `GET /auth/:server/login?username=`: sends the browser to the authorization server.
 pub async fn login(
     State(app): State<Arc<App>>,
+    caller: Caller,
     Server(server): Server,
     origin: Origin,
     parameters: Parameters,
 ) -> Result<Response, Problem> {
-    let user = parameters.user("username")?;
+    let user = caller.user_of(&parameters, "username")?;
+    caller.at(&server)?;
+    let _recorded = caller.record_for(&app, Action::LoginBegin, Object::server(&server), &user).await?;
     let ticket = Ticket::new()?;
     let begin = BeginLogin {
         id: ticket.id.clone(),
@@ -46,12 +51,15 @@ pub async fn login(
 /// `GET /auth/callback`: where the authorization server sends the browser back to.
 pub async fn callback(
     State(app): State<Arc<App>>,
+    caller: Caller,
     origin: Origin,
     headers: HeaderMap,
     parameters: Parameters,
 ) -> Result<Response, Problem> {
     let stored = returning(&app, &origin, &headers, &parameters).await?;
     let mut login = stored.value;
+    let object = Object::server(&login.server);
+    let recorded = caller.record_for(&app, Action::LoginFinish, object, &login.user).await?;
     if let Some(refused) = refusal(&parameters, &login.server) {
         app.vault.delete_login(&login.id, None).await?;
         return Err(refused);
@@ -67,6 +75,7 @@ pub async fn callback(
     let (worker, id) = (Arc::clone(&app.worker), login.id.clone());
     // The login is carried through although the browser may go away.
     let finished = app.changes.spawn(async move {
+        let _recorded = recorded;
         match worker.remote(RemoteAsk::FinishLogin { id }).await? {
             RemoteAnswer::LoggedIn { user, server } => worker.announce(Change::Login { user, server }).await,
             _ => Err(WorkerError::internal("a worker answered something else to the end of a login")),

@@ -8,7 +8,8 @@ use axum::{
 };
 use http::StatusCode;
 use mcp_shared::{
-    fleet::{Fleet, NodeView},
+    audit::{Action, Object},
+    fleet::{Fleet, NodeReport, NodeView},
     ids::WorkerId,
 };
 use serde::Serialize;
@@ -16,6 +17,7 @@ use serde_json::json;
 
 use crate::{
     app::App,
+    caller::Caller,
     problem::{Problem, json_response},
 };
 
@@ -28,7 +30,12 @@ struct Answer {
 
 /// `POST /fleet/workers/:id/drain`: has a worker leave in order, as SIGTERM does. The answer says that it has
 /// begun; `GET /fleet` shows it as `draining`, and then no more.
-pub async fn drain(State(app): State<Arc<App>>, Path(id): Path<String>) -> Result<Response, Problem> {
+pub async fn drain(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    Path(id): Path<String>,
+) -> Result<Response, Problem> {
+    let _recorded = caller.record(&app, Action::WorkerDrain, Object::worker(&id)).await?;
     app.worker.release_worker(&WorkerId::from_stored(id)).await?;
     Ok(json_response(StatusCode::ACCEPTED, &json!({"success": true})))
 }
@@ -39,7 +46,8 @@ pub async fn get(State(app): State<Arc<App>>) -> Result<Response, Problem> {
     // A worker in the same process knows of no gateways, and a gateway that is just starting has not heard
     // itself yet.
     if !fleet.gateways.iter().any(|gateway| gateway.report.id == app.me.id) {
-        fleet.gateways.push(NodeView::of_myself(app.me.clone()));
+        let me = NodeReport { keys: app.vault.kids(), ..app.me.clone() };
+        fleet.gateways.push(NodeView::of_myself(me));
     }
     Ok(json_response(StatusCode::OK, &Answer { success: true, fleet }))
 }

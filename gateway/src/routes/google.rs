@@ -6,6 +6,7 @@ use std::sync::Arc;
 use axum::{extract::State, response::Response};
 use http::HeaderMap;
 use mcp_shared::{
+    audit::{Action, Object},
     error::{ErrorCode, WorkerError},
     google::{EXCHANGE_TOOL, GoogleFlow, TOKENS_SECRET, URL_TOOL},
     ids::{RequestId, SecretName, ServerName, ToolName, UserId},
@@ -24,6 +25,7 @@ use std::time::Duration;
 
 use crate::{
     app::{App, Id},
+    caller::Caller,
     login::{Origin, Parameters, Ticket, invalid_state, page, refusal, returning},
     problem::Problem,
 };
@@ -34,6 +36,7 @@ const PROOF: &str = r#"{"google":true}"#;
 /// `GET /auth/google/login?user_id=[&server_name=]`: sends the browser to Google.
 pub async fn login(
     State(app): State<Arc<App>>,
+    caller: Caller,
     Id(id): Id,
     origin: Origin,
     parameters: Parameters,
@@ -41,8 +44,10 @@ pub async fn login(
     if parameters.get("user_id").is_none() {
         return Err(Problem::invalid("user_id is required: whose login it is"));
     }
-    let user = parameters.user("user_id")?;
+    let user = caller.user_of(&parameters, "user_id")?;
     let server = chosen(&app, parameters.get("server_name")).await?;
+    caller.at(&server)?;
+    let _recorded = caller.record_for(&app, Action::LoginBegin, Object::server(&server), &user).await?;
     let ticket = Ticket::new()?;
     let arguments = json!({"redirect_uri": callback_uri(&origin), "state": ticket.state});
     let answer = ask(&app, id, &user, &server, URL_TOOL, &arguments).await?;
@@ -68,6 +73,7 @@ pub async fn login(
 /// `GET /auth/google/callback`: where Google sends the browser back to.
 pub async fn callback(
     State(app): State<Arc<App>>,
+    caller: Caller,
     Id(id): Id,
     origin: Origin,
     headers: HeaderMap,
@@ -78,6 +84,8 @@ pub async fn callback(
     if login.proof.expose_secret() != PROOF {
         return Err(invalid_state());
     }
+    let object = Object::server(&login.server);
+    let recorded = caller.record_for(&app, Action::LoginFinish, object, &login.user).await?;
     let code = parameters.get("code").map(str::to_owned);
     let refused = refusal(&parameters, &login.server);
     if code.is_none() && refused.is_none() {
@@ -105,7 +113,7 @@ pub async fn callback(
         let change = Change::Secret { user: user.clone(), server: of.clone(), name: name.clone() };
         let vault = here.vault.clone();
         let write = async move { vault.put_secret(&user, &of, &name, &tokens).await };
-        here.commit(change, write).await?.map_err(Problem::from)
+        here.commit(&recorded, change, write).await?.map_err(Problem::from)
     });
     finished.await.map_err(WorkerError::internal)??;
     page(&origin, &login.id, &server)

@@ -13,6 +13,7 @@ use axum::{
 use futures_util::{StreamExt, stream};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use mcp_shared::{
+    audit::Recorded,
     error::{ErrorCode, WorkerError, shorten},
     ids::{RequestId, ServerName},
     limits,
@@ -84,13 +85,14 @@ pub fn respond_async(headers: &HeaderMap) -> bool {
 impl App {
     /// Orders a job, unless one of the same server is under way, and tells the workers. It is carried
     /// through when the caller goes away meanwhile.
-    pub async fn order(&self, job: Job) -> Result<Job, Problem> {
-        let (vault, worker) = (self.vault.clone(), Arc::clone(&self.worker));
+    pub async fn order(&self, recorded: &Recorded, job: Job) -> Result<Job, Problem> {
+        let (vault, worker, recorded) = (self.vault.clone(), Arc::clone(&self.worker), recorded.share());
         let step = self.changes.spawn(async move {
             put(&vault, &job).await?;
             if let Err(error) = worker.wake().await {
                 tracing::debug!(%error, job = %job.id, "workers will find a job by themselves");
             }
+            drop(recorded);
             Ok(job)
         });
         step.await.map_err(WorkerError::internal)?

@@ -5,6 +5,7 @@ use std::{sync::Arc, time::Duration};
 use axum::{body::Body, extract::State, response::Response};
 use http::{HeaderMap, StatusCode};
 use mcp_shared::{
+    audit::{Action, Object},
     error::WorkerError,
     ids::{ServerName, UserId},
     limits,
@@ -19,8 +20,9 @@ use tokio::time::timeout;
 use url::Url;
 
 use crate::{
-    app::{App, Server, user},
+    app::{App, Server},
     body::{Field, Fields},
+    caller::Caller,
     login::Parameters,
     problem::{Problem, json_response},
 };
@@ -46,13 +48,15 @@ enum Scopes {
 /// older ones.
 pub async fn set(
     State(app): State<Arc<App>>,
+    caller: Caller,
     Server(name): Server,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Problem> {
     let body = app.body(&headers, body).await?;
     let fields = Fields::parse(&body)?;
-    let user = user(&fields)?;
+    let user = caller.user(&fields)?;
+    caller.at(&name)?;
     let mut tokens = tokens(&fields, user, name)?;
     let name = tokens.server.clone();
     if let Transport::StreamableHttp { url, .. } = remote(&app, &name).await?.transport {
@@ -61,9 +65,10 @@ pub async fn set(
     if tokens.issuer.is_none() {
         tokens.issuer = app.issuer(&tokens.user, &name).await?;
     }
+    let recorded = caller.record_for(&app, Action::TokensSet, Object::server(&name), &tokens.user).await?;
     let change = Change::Login { user: tokens.user.clone(), server: name.clone() };
     let vault = app.vault.clone();
-    app.commit(change, async move { vault.replace_oauth_tokens(tokens).await }).await??;
+    app.commit(&recorded, change, async move { vault.replace_oauth_tokens(tokens).await }).await??;
     Ok(json_response(StatusCode::OK, &json!({"success": true, "serverName": name})))
 }
 
@@ -71,18 +76,21 @@ pub async fn set(
 /// succeeds.
 pub async fn delete(
     State(app): State<Arc<App>>,
+    caller: Caller,
     Server(name): Server,
     parameters: Parameters,
 ) -> Result<Response, Problem> {
-    let user = parameters.user("username")?;
+    let user = caller.user_of(&parameters, "username")?;
+    caller.at(&name)?;
     remote(&app, &name).await?;
+    let recorded = caller.record_for(&app, Action::TokensDelete, Object::server(&name), &user).await?;
     let change = Change::Login { user: user.clone(), server: name.clone() };
     let (vault, of) = (app.vault.clone(), name.clone());
     let write = async move {
         vault.delete_oauth_tokens(&user, &of, None).await?;
         vault.delete_session(&user, &of, None).await
     };
-    app.commit(change, write).await??;
+    app.commit(&recorded, change, write).await??;
     Ok(json_response(StatusCode::OK, &json!({"success": true, "serverName": name})))
 }
 

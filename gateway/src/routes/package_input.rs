@@ -98,15 +98,15 @@ pub fn check(spec: &PackageSpec, egress: &Egress) -> Result<(), Problem> {
     };
     check_name(spec.runtime, &spec.name)?;
     if let Some(version) = &spec.version {
-        match spec.runtime {
-            Runtime::Node => field(
-                "version",
+        let (valid, text) = match spec.runtime {
+            Runtime::Node => (
                 names::npm_version(version),
-                "must be a version, a range of versions or a tag, such as 1.2.3, ^1.2 or next",
-            )?,
-            Runtime::Python => {
-                field("version", names::python_version(version), "must be one version, such as 1.2.3")?;
-            }
+                "version must be a version, a range of versions or a tag, such as 1.2.3, ^1.2 or next",
+            ),
+            Runtime::Python => (names::python_version(version), "version must be one version, such as 1.2.3"),
+        };
+        if !valid {
+            return Err(Problem::new(ErrorCode::InvalidVersion, text));
         }
     }
     if let Some(module) = &spec.python_module {

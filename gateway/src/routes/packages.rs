@@ -12,6 +12,7 @@ use futures_util::{StreamExt, future::join_all, stream};
 use http::{HeaderMap, StatusCode, request::Parts};
 use http_body::Body as _;
 use mcp_shared::{
+    audit::{Action, Object},
     error::{ErrorCode, WorkerError, shorten},
     ids::{ServerName, UserId},
     limits,
@@ -22,14 +23,15 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::{
-    app::{App, user},
+    app::App,
     body::{Field, Fields},
+    caller::Caller,
     problem::{Problem, json_bytes, json_response},
     routes::{
         jobs::{accepted, respond_async},
         package_input::{self, Install},
         package_view, remote_input,
-        server_view::{Detail, view},
+        server_view::{Detail, Viewer, view},
         servers::not_builtin,
     },
 };
@@ -64,27 +66,33 @@ fn parameters(asked: Asked) -> Result<Parameters, Problem> {
 /// `POST /packages/install`: answers when the server runs, or when it is known why it does not.
 pub async fn install(
     State(app): State<Arc<App>>,
+    caller: Caller,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Problem> {
     let body = app.body(&headers, body).await?;
     let fields = Fields::parse(&body)?;
-    let user = user(&fields)?;
+    let user = caller.user(&fields)?;
     let Install { spec, server } = package_input::install(&fields, &app.egress)?;
     let session = remote_input::session_id(&fields)?;
     not_builtin(&server.name)?;
+    caller.at(&server.name)?;
     // It can be stored when there is a server that it belongs to.
     if respond_async(&headers) && matches!(session, Field::Value(_)) {
         return Err(Problem::invalid("sessionId cannot be kept for a server that nobody waits for"));
     }
     app.no_server(&server.name).await?;
-    let job = app.order(Job::new(JobKind::Install, server.name.clone(), spec, Some(server))).await?;
+    app.launch.check(&server, None)?;
+    let object = Object::server(&server.name).with_package(&spec.name);
+    let recorded = caller.record(&app, Action::PackageInstall, object).await?;
+    let job = Job::new(JobKind::Install, server.name.clone(), spec, Some(server));
+    let job = app.order(&recorded, job).await?;
     if respond_async(&headers) {
         return accepted(&job);
     }
     let job = app.ended(job).await?;
-    app.keep_session(&job.server_name, &user, session).await?;
-    app.installed(&job.server_name, &user, Detail::Summary).await
+    app.keep_session(&recorded, &job.server_name, &user, session).await?;
+    app.installed(&job.server_name, &user, caller.viewer(), Detail::Summary).await
 }
 
 /// `GET /packages`.
@@ -132,19 +140,31 @@ pub async fn updates(State(app): State<Arc<App>>, asked: Asked) -> Result<Respon
 }
 
 /// `PUT /packages/:name/enable`.
-pub async fn enable(State(app): State<Arc<App>>, Name(name): Name) -> Result<Response, Problem> {
+pub async fn enable(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    Name(name): Name,
+) -> Result<Response, Problem> {
     let package = app.find(&name).await?;
-    app.switch(&package.value.mcp_server_id, true).await
+    app.switch(&caller, Action::PackageEnable, &package.value.mcp_server_id, true).await
 }
 
 /// `PUT /packages/:name/disable`.
-pub async fn disable(State(app): State<Arc<App>>, Name(name): Name) -> Result<Response, Problem> {
+pub async fn disable(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    Name(name): Name,
+) -> Result<Response, Problem> {
     let package = app.find(&name).await?;
-    app.switch(&package.value.mcp_server_id, false).await
+    app.switch(&caller, Action::PackageDisable, &package.value.mcp_server_id, false).await
 }
 
 /// `DELETE /packages/:name`: with its server and all that belongs to that.
-pub async fn delete(State(app): State<Arc<App>>, Name(name): Name) -> Result<Response, Problem> {
+pub async fn delete(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    Name(name): Name,
+) -> Result<Response, Problem> {
     let server = match app.find(&name).await {
         Ok(package) => package.value.mcp_server_id,
         // What is being installed is no package yet, and cannot be removed yet.
@@ -155,8 +175,10 @@ pub async fn delete(State(app): State<Arc<App>>, Name(name): Name) -> Result<Res
             return Err(problem);
         }
     };
+    caller.at(&server)?;
     app.no_job(&server).await?;
-    if !app.remove(&server).await? {
+    let recorded = caller.record(&app, Action::PackageDelete, Object::server(&server)).await?;
+    if !app.remove(&recorded, &server).await? {
         return Err(not_found(&name));
     }
     Ok(json_response(StatusCode::OK, &json!({"success": true})))
@@ -165,32 +187,36 @@ pub async fn delete(State(app): State<Arc<App>>, Name(name): Name) -> Result<Res
 /// `PUT /packages/:name/upgrade`: to the latest version, or to the one that is asked for.
 pub async fn upgrade(
     State(app): State<Arc<App>>,
+    caller: Caller,
     Name(name): Name,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Problem> {
     let body = if body.is_end_stream() { app.no_body() } else { app.body(&headers, body).await? };
     let fields = Fields::parse(&body)?;
-    let user = user(&fields)?;
+    let user = caller.user(&fields)?;
     let version = package_input::version(&fields)?;
     let package = app.find(&name).await?;
-    let job = app.order_upgrade(&package.value, version).await?;
+    caller.at(&package.value.mcp_server_id)?;
+    let job = app.order_upgrade(&caller, &package.value, version).await?;
     if respond_async(&headers) {
         return accepted(&job);
     }
     let job = app.ended(job).await?;
-    app.installed(&job.server_name, &user, Detail::Full).await
+    app.installed(&job.server_name, &user, caller.viewer(), Detail::Full).await
 }
 
 /// `PUT /packages/upgrade-all`: each to its latest version. One that fails does not keep the others.
-pub async fn upgrade_all(State(app): State<Arc<App>>) -> Result<Response, Problem> {
-    let packages = app.vault.packages().await?;
+pub async fn upgrade_all(State(app): State<Arc<App>>, caller: Caller) -> Result<Response, Problem> {
+    let mut packages = app.vault.packages().await?;
+    packages.retain(|package| caller.reach.has_server(&package.value.mcp_server_id));
     let upgrading = Arc::clone(&app);
     let each = move |package: Versioned<PackageRecord>| {
-        let app = Arc::clone(&upgrading);
+        let (app, caller) = (Arc::clone(&upgrading), caller.clone());
         async move {
             let server = package.value.mcp_server_id.clone();
-            let done = async { app.ended(app.order_upgrade(&package.value, None).await?).await }.await;
+            let done =
+                async { app.ended(app.order_upgrade(&caller, &package.value, None).await?).await }.await;
             (server, done)
         }
     };
@@ -321,26 +347,39 @@ impl App {
         }
     }
 
-    async fn order_upgrade(&self, record: &PackageRecord, version: Option<String>) -> Result<Job, Problem> {
+    async fn order_upgrade(
+        &self,
+        caller: &Caller,
+        record: &PackageRecord,
+        version: Option<String>,
+    ) -> Result<Job, Problem> {
         let spec = record.spec(version);
         package_input::check(&spec, &self.egress)?;
         let server = &record.mcp_server_id;
         if self.vault.server(server).await?.is_none() {
             return Err(WorkerError::server_not_found(server).into());
         }
-        self.order(Job::new(JobKind::Upgrade, server.clone(), spec, None)).await
+        let object = Object::server(server).with_package(&spec.name);
+        let recorded = caller.record(self, Action::PackageUpgrade, object).await?;
+        self.order(&recorded, Job::new(JobKind::Upgrade, server.clone(), spec, None)).await
     }
 
     /// The answer to an installation that is done: what keeps its server from running, if anything does,
     /// shows in the server's document.
-    async fn installed(&self, name: &ServerName, user: &UserId, detail: Detail) -> Result<Response, Problem> {
+    async fn installed(
+        &self,
+        name: &ServerName,
+        user: &UserId,
+        viewer: Viewer,
+        detail: Detail,
+    ) -> Result<Response, Problem> {
         let package = self.vault.package(name).await?.ok_or_else(|| not_found(name.as_str()))?;
         let server = self.vault.server(name).await?.ok_or_else(|| WorkerError::server_not_found(name))?;
         let report = match self.running(&server.value, user).await {
             Ok(Some(report)) => Some(report),
             Ok(None) | Err(_) => self.worker.report(name).await.ok(),
         };
-        let server = view(&server.value, report.as_ref(), detail, self.viewer())?;
+        let server = view(&server.value, report.as_ref(), detail, viewer)?;
         let package = package_view::package(&package.value)?;
         Ok(json_bytes(StatusCode::OK, package_view::installed(&package, &server)?))
     }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use axum::{body::Body, extract::State, response::Response};
 use http::{HeaderMap, StatusCode};
 use mcp_shared::{
+    audit::{Action, Object},
     error::{ErrorCode, WorkerError},
     ids::{SecretName, ServerName},
     limits,
@@ -15,26 +16,35 @@ use mcp_shared::{
 use serde_json::json;
 
 use crate::{
-    app::{App, user},
+    app::App,
     body::{Field, Fields},
+    caller::Caller,
     problem::{Problem, json_response},
 };
 
 /// `POST /secrets/set`. When this has answered, no later call uses an older value.
-pub async fn set(State(app): State<Arc<App>>, headers: HeaderMap, body: Body) -> Result<Response, Problem> {
+pub async fn set(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, Problem> {
     let body = app.body(&headers, body).await?;
     let fields = Fields::parse(&body)?;
-    let user = user(&fields)?;
+    let user = caller.user(&fields)?;
     let value = fields.required("secretValue")?;
     if value.len() > limits::SECRET_BYTES || value.contains('\0') {
         let text = format!("secretValue must be at most {} bytes, without NUL", limits::SECRET_BYTES);
         return Err(Problem::invalid(text));
     }
     let (server, name) = app.target(&fields).await?;
+    caller.at(&server)?;
+    let object = Object::server(&server).with_secret(&name);
+    let recorded = caller.record_for(&app, Action::SecretSet, object, &user).await?;
     let change = Change::Secret { user: user.clone(), server: server.clone(), name: name.clone() };
     let (vault, of) = (app.vault.clone(), server.clone());
     let write = async move { vault.put_secret(&user, &of, &name, &value.into()).await };
-    match app.commit(change, write).await? {
+    match app.commit(&recorded, change, write).await? {
         Ok(()) => {}
         Err(VaultError::Store(StoreError::NotFound)) => {
             return Err(WorkerError::server_not_found(&server).into());
@@ -47,19 +57,23 @@ pub async fn set(State(app): State<Arc<App>>, headers: HeaderMap, body: Body) ->
 /// `POST /secrets/delete`. Deleting what is not there succeeds.
 pub async fn delete(
     State(app): State<Arc<App>>,
+    caller: Caller,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Problem> {
     let body = app.body(&headers, body).await?;
     let fields = Fields::parse(&body)?;
-    let user = user(&fields)?;
+    let user = caller.user(&fields)?;
     let (server, name) = app.target(&fields).await?;
+    caller.at(&server)?;
     if app.vault.server(&server).await?.is_none() {
         return Err(WorkerError::server_not_found(&server).into());
     }
+    let object = Object::server(&server).with_secret(&name);
+    let recorded = caller.record_for(&app, Action::SecretDelete, object, &user).await?;
     let change = Change::Secret { user: user.clone(), server: server.clone(), name: name.clone() };
     let vault = app.vault.clone();
-    app.commit(change, async move { vault.delete_secret(&user, &server, &name).await }).await??;
+    app.commit(&recorded, change, async move { vault.delete_secret(&user, &server, &name).await }).await??;
     Ok(json_response(StatusCode::OK, &json!({"success": true})))
 }
 

@@ -3,12 +3,15 @@
 use bytes::Bytes;
 use mcp_shared::{
     error::WorkerError,
+    json::RawJson,
+    listing::{ToolPins, tame, tame_name},
     remote::GivenClient,
-    server::{Isolation, Scaling, ServerRecord},
+    server::{Isolation, Scaling, ServerRecord, looks_secret},
+    store::Versioned,
     worker_api::{ServerReport, ServerStatus},
 };
 use serde::Serialize;
-use serde_json::{Map, Value, json, value::RawValue};
+use serde_json::{Map, Value, json};
 
 use crate::problem::Problem;
 
@@ -29,35 +32,15 @@ const NULLABLE: [&str; 11] = [
 
 /// What stands in the place of a value that is not shown.
 const MASK: &str = "********";
-/// Parts of names of which it is known what they stand for, wherever in a name they are.
-const SECRET_WORDS: [&str; 15] = [
-    "secret",
-    "token",
-    "passw",
-    "passphrase",
-    "credential",
-    "authorization",
-    "cookie",
-    "apikey",
-    "api_key",
-    "access_key",
-    "private_key",
-    "signature",
-    "session",
-    "bearer",
-    "jwt",
-];
-/// The same, only as whole words: others have them inside.
-const SECRET_PARTS: [&str; 7] = ["key", "auth", "pass", "pwd", "pat", "dsn", "sas"];
 
-/// A server as a document. The tools stay the bytes that the server sent.
+/// A server as a document. The tools stay the bytes that the server sent, less what nobody could see.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct View<'a> {
     #[serde(flatten)]
     fields: Map<String, Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    tools_list: Option<&'a RawValue>,
+    tools_list: Option<RawJson>,
     logs: &'a [String],
 }
 
@@ -149,9 +132,34 @@ pub fn view<'a>(
             fields.entry(name).or_insert(Value::Null);
         }
     }
-    let tools = report.and_then(|report| report.tools.as_ref());
-    let tools_list = tools.map(|tools| tools.read()).transpose().map_err(WorkerError::internal)?;
+    let tools_list = report.and_then(|report| report.tools.as_ref()).map(tame);
     Ok(View { fields, tools_list, logs: report.map(|report| report.logs.as_slice()).unwrap_or_default() })
+}
+
+impl View<'_> {
+    /// With the tools that are not what they were when they were pinned, if there are any.
+    pub fn with_changed_tools(mut self, pins: &[Versioned<ToolPins>]) -> Self {
+        let changed: Vec<_> = pins.iter().flat_map(|pins| changed_tools(&pins.value)).collect();
+        if !changed.is_empty() {
+            self.fields.insert("toolsChanged".to_owned(), changed.into());
+        }
+        self
+    }
+}
+
+fn changed_tools(pins: &ToolPins) -> impl Iterator<Item = Value> {
+    pins.changed.iter().map(|(name, tool)| {
+        let change = match (pins.tools.contains_key(name), &tool.now) {
+            (_, None) => "removed",
+            (true, Some(_)) => "changed",
+            (false, Some(_)) => "added",
+        };
+        let mut shown = json!({"name": tame_name(name), "change": change, "since": tool.at});
+        if let (Some(user), Some(fields)) = (&pins.username, shown.as_object_mut()) {
+            fields.insert("username".to_owned(), json!(user));
+        }
+        shown
+    })
 }
 
 /// What an authorization server knows us by, without what proves it.
@@ -167,13 +175,6 @@ pub fn mask(variables: &mut Value) {
             *value = MASK.into();
         }
     }
-}
-
-/// Whether the value of a variable or header of this name is one that not everybody should see.
-fn looks_secret(name: &str) -> bool {
-    let name = name.to_ascii_lowercase().replace('-', "_");
-    SECRET_WORDS.iter().any(|word| name.contains(word))
-        || name.split('_').any(|part| SECRET_PARTS.contains(&part))
 }
 
 /// `{"success":true, NAME: ...}` as bytes.
@@ -236,37 +237,6 @@ mod tests {
             (&other["env"], &other["headers"]),
             (&json!({"A": "b", "GITHUB_PAT": MASK}), &json!({"Cookie": MASK}))
         );
-    }
-
-    #[test]
-    fn names_that_look_secret() {
-        for name in [
-            "TOKEN",
-            "GH_TOKEN",
-            "github-token",
-            "AccessToken",
-            "DB_PASSWORD",
-            "PASSWD",
-            "API_KEY",
-            "apiKey",
-            "X-API-Key",
-            "OPENAI_KEY",
-            "Authorization",
-            "Proxy-Authorization",
-            "X-Auth",
-            "AWS_SECRET_ACCESS_KEY",
-            "Cookie",
-            "Set-Cookie",
-            "SENTRY_DSN",
-            "X-Session-Id",
-            "CLIENT_CREDENTIALS",
-        ] {
-            assert!(looks_secret(name), "{name}");
-        }
-        for name in ["NODE_ENV", "X-Custom-Header", "PATH", "AUTHOR", "KEYBOARD", "MONKEY", "PATTERN", "LANG"]
-        {
-            assert!(!looks_secret(name), "{name}");
-        }
     }
 
     #[test]

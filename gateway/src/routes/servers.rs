@@ -5,6 +5,7 @@ use std::{collections::BTreeSet, sync::Arc};
 use axum::{body::Body, extract::State, response::Response};
 use http::{HeaderMap, StatusCode};
 use mcp_shared::{
+    audit::{Action, Object, Recorded},
     error::{ErrorCode, WorkerError, shorten},
     ids::{ServerName, UserId},
     limits,
@@ -20,13 +21,14 @@ use serde_json::json;
 use tokio::time::timeout;
 
 use crate::{
-    app::{App, Server, user},
+    app::{App, Server},
     body::{Field, Fields},
+    caller::Caller,
     problem::{Problem, json_bytes, json_response},
     routes::{
         remote_input::session_id,
         server_input::{new_record, updated_record},
-        server_view::{Detail, document, view},
+        server_view::{Detail, Viewer, document, view},
     },
 };
 
@@ -36,83 +38,123 @@ const BUILTIN: [&str; 1] = ["webtools"];
 const ATTEMPTS: usize = 5;
 
 /// `GET /mcp/servers`.
-pub async fn list(State(app): State<Arc<App>>) -> Result<Response, Problem> {
+pub async fn list(State(app): State<Arc<App>>, caller: Caller) -> Result<Response, Problem> {
     let servers = app.vault.servers().await?;
     let reports = app.reports().await?;
     let views = servers
         .iter()
-        .map(|server| view(&server.value, reports.get(&server.value.name), Detail::Summary, app.viewer()))
+        .filter(|server| caller.reach.has_server(&server.value.name))
+        .map(|server| view(&server.value, reports.get(&server.value.name), Detail::Summary, caller.viewer()))
         .collect::<Result<Vec<_>, _>>()?;
     Ok(json_bytes(StatusCode::OK, document("servers", &views)?))
 }
 
 /// `GET /mcp/servers/:name`.
-pub async fn get(State(app): State<Arc<App>>, Server(name): Server) -> Result<Response, Problem> {
+pub async fn get(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    Server(name): Server,
+) -> Result<Response, Problem> {
+    caller.at(&name)?;
     let server = app.vault.server(&name).await?.ok_or_else(|| WorkerError::server_not_found(&name))?;
-    app.answer(&server.value, None, Detail::Full).await
+    app.answer(&server.value, None, Detail::Full, caller.viewer()).await
 }
 
 /// `POST /mcp/servers`: registers a server, starts it and waits until it listed its tools or failed. A
 /// server that fails is kept, with the reason in `logs`.
-pub async fn add(State(app): State<Arc<App>>, headers: HeaderMap, body: Body) -> Result<Response, Problem> {
+pub async fn add(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, Problem> {
     let body = app.body(&headers, body).await?;
     let fields = Fields::parse(&body)?;
-    let user = user(&fields)?;
+    let user = caller.user(&fields)?;
     let record = new_record(&fields, &app.egress)?;
     let session = session_id(&fields)?;
     not_builtin(&record.name)?;
+    caller.at(&record.name)?;
+    app.launch.check(&record, None)?;
+    let recorded = caller.record(&app, Action::ServerCreate, Object::server(&record.name)).await?;
     let (vault, new) = (app.vault.clone(), record.clone());
     let change = Change::Server { server: record.name.clone() };
-    match app.commit(change, async move { vault.insert_server(&new).await }).await? {
+    match app.commit(&recorded, change, async move { vault.insert_server(&new).await }).await? {
         Ok(_) => {}
         Err(VaultError::Store(StoreError::AlreadyExists { existing })) => {
             return Err(exists(&record.name, &existing));
         }
         Err(error) => return Err(error.into()),
     }
-    app.keep_session(&record.name, &user, session).await?;
+    app.keep_session(&recorded, &record.name, &user, session).await?;
     let report = app.running(&record, &user).await?;
-    app.answer(&record, report, Detail::Summary).await
+    app.answer(&record, report, Detail::Summary, caller.viewer()).await
 }
 
 /// `PUT /mcp/servers/:name`.
 pub async fn update(
     State(app): State<Arc<App>>,
+    caller: Caller,
     Server(name): Server,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Problem> {
     not_builtin(&name)?;
+    caller.at(&name)?;
     let body = app.body(&headers, body).await?;
     let fields = Fields::parse(&body)?;
-    let user = user(&fields)?;
+    let user = caller.user(&fields)?;
     let session = session_id(&fields)?;
     let missing = || absent(&name);
-    app.change(&name, &user, missing, session, |record| updated_record(record, &fields, &app.egress)).await
+    let change = |record: &ServerRecord| {
+        let next = updated_record(record, &fields, &app.egress)?;
+        app.launch.check(&next, Some(record))?;
+        Ok(next)
+    };
+    app.change(&caller, Action::ServerUpdate, &name, &user, missing, session, change).await
 }
 
 /// `PUT /mcp/servers/:name/enable`.
-pub async fn enable(State(app): State<Arc<App>>, Server(name): Server) -> Result<Response, Problem> {
-    app.switch(&name, true).await
+pub async fn enable(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    Server(name): Server,
+) -> Result<Response, Problem> {
+    app.switch(&caller, Action::ServerEnable, &name, true).await
 }
 
 /// `PUT /mcp/servers/:name/disable`.
-pub async fn disable(State(app): State<Arc<App>>, Server(name): Server) -> Result<Response, Problem> {
-    app.switch(&name, false).await
+pub async fn disable(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    Server(name): Server,
+) -> Result<Response, Problem> {
+    app.switch(&caller, Action::ServerDisable, &name, false).await
 }
 
 /// `DELETE /mcp/servers/:name`: stops it and removes it with all that belongs to it: users' secrets for it,
 /// and the package that it runs.
-pub async fn delete(State(app): State<Arc<App>>, Server(name): Server) -> Result<Response, Problem> {
+pub async fn delete(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    Server(name): Server,
+) -> Result<Response, Problem> {
     not_builtin(&name)?;
-    if !app.remove(&name).await? {
+    caller.at(&name)?;
+    let recorded = caller.record(&app, Action::ServerDelete, Object::server(&name)).await?;
+    if !app.remove(&recorded, &name).await? {
         return Err(absent(&name).into());
     }
     Ok(json_response(StatusCode::OK, &json!({"success": true})))
 }
 
 /// `GET /mcp/servers/:name/delete-impact`: whom the removal of a server would concern.
-pub async fn delete_impact(State(app): State<Arc<App>>, Server(name): Server) -> Result<Response, Problem> {
+pub async fn delete_impact(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    Server(name): Server,
+) -> Result<Response, Problem> {
+    caller.at(&name)?;
     let server = app.vault.server(&name).await?.ok_or_else(|| WorkerError::server_not_found(&name))?;
     let record = server.value;
     let report = app.worker.report(&name).await?;
@@ -143,11 +185,11 @@ pub async fn delete_impact(State(app): State<Arc<App>>, Server(name): Server) ->
 
 impl App {
     /// Removes a server and the package that it runs; says whether there was one of the two.
-    pub async fn remove(&self, name: &ServerName) -> Result<bool, Problem> {
+    pub async fn remove(&self, recorded: &Recorded, name: &ServerName) -> Result<bool, Problem> {
         self.say_farewell(name).await;
         let (vault, of) = (self.vault.clone(), name.clone());
         let change = Change::Server { server: name.clone() };
-        Ok(self.commit(change, async move { removed(&vault, &of).await }).await??)
+        Ok(self.commit(recorded, change, async move { removed(&vault, &of).await }).await??)
     }
 
     /// Lets a remote server know that its sessions are over, while it is still known which they are. What
@@ -168,6 +210,7 @@ impl App {
     /// Stores the session of a remote server that a user brings along, or forgets the user's.
     pub async fn keep_session(
         &self,
+        recorded: &Recorded,
         name: &ServerName,
         user: &UserId,
         session: Field<SecretString>,
@@ -199,7 +242,7 @@ impl App {
             }
             vault.put_session(&session, None).await.map(drop)
         };
-        Ok(self.commit(change, write).await??)
+        Ok(self.commit(recorded, change, write).await??)
     }
 
     /// Refuses a name that a server has already, also in other case.
@@ -213,10 +256,17 @@ impl App {
     }
 
     /// Allows a server to run, or not.
-    pub async fn switch(&self, name: &ServerName, enabled: bool) -> Result<Response, Problem> {
+    pub async fn switch(
+        &self,
+        caller: &Caller,
+        action: Action,
+        name: &ServerName,
+        enabled: bool,
+    ) -> Result<Response, Problem> {
         not_builtin(name)?;
+        caller.at(name)?;
         let missing = || WorkerError::server_not_found(name);
-        self.change(name, &UserId::default(), missing, Field::Absent, |record| {
+        self.change(caller, action, name, &caller.user, missing, Field::Absent, |record| {
             let mut next = record.clone();
             next.enabled = enabled;
             Ok(next)
@@ -226,17 +276,25 @@ impl App {
 
     /// Changes a record as it is now, however often others change it meanwhile, and sees the change
     /// through to the processes.
+    #[allow(clippy::too_many_arguments, reason = "each says something else about one change")]
     async fn change(
         &self,
+        caller: &Caller,
+        action: Action,
         name: &ServerName,
         user: &UserId,
         missing: impl Fn() -> WorkerError,
         session: Field<SecretString>,
         change: impl Fn(&ServerRecord) -> Result<ServerRecord, Problem>,
     ) -> Result<Response, Problem> {
+        let mut recorded = None;
         for _ in 0..ATTEMPTS {
             let stored = self.vault.server(name).await?.ok_or_else(&missing)?;
             let next = change(&stored.value)?;
+            let recorded = match &recorded {
+                Some(recorded) => recorded,
+                None => recorded.insert(caller.record(self, action, Object::server(name)).await?),
+            };
             if next != stored.value {
                 let (vault, new) = (self.vault.clone(), next.clone());
                 let write = async move {
@@ -244,7 +302,7 @@ impl App {
                     switch_package(&vault, &new).await;
                     Ok(revision)
                 };
-                match self.commit(Change::Server { server: name.clone() }, write).await? {
+                match self.commit(recorded, Change::Server { server: name.clone() }, write).await? {
                     Ok(_) => {}
                     Err(VaultError::Store(StoreError::Conflict)) => continue,
                     Err(VaultError::Store(StoreError::NotFound)) => return Err(missing().into()),
@@ -255,9 +313,9 @@ impl App {
                 self.worker.announce(Change::Server { server: name.clone() }).await?;
                 switch_package(&self.vault, &next).await;
             }
-            self.keep_session(name, user, session).await?;
+            self.keep_session(recorded, name, user, session).await?;
             let report = self.running(&next, user).await?;
-            return self.answer(&next, report, Detail::Full).await;
+            return self.answer(&next, report, Detail::Full, caller.viewer()).await;
         }
         Err(Problem::new(ErrorCode::Conflict, "The server was changed by others at the same time; try again"))
     }
@@ -292,15 +350,20 @@ impl App {
         record: &ServerRecord,
         report: Option<ServerReport>,
         detail: Detail,
+        viewer: Viewer,
     ) -> Result<Response, Problem> {
         let report = match report {
             Some(report) => Some(report),
             None => self.worker.report(&record.name).await.ok(),
         };
-        Ok(json_bytes(
-            StatusCode::OK,
-            document("server", &view(record, report.as_ref(), detail, self.viewer())?)?,
-        ))
+        let mut shown = view(record, report.as_ref(), detail, viewer)?;
+        if detail == Detail::Full {
+            let mut pins = self.vault.tool_pins_of(&record.name).await?;
+            // What a user's own listing says is for that user, and for who looks after the server.
+            pins.retain(|pins| viewer.admin || pins.value.username.is_none());
+            shown = shown.with_changed_tools(&pins);
+        }
+        Ok(json_bytes(StatusCode::OK, document("server", &shown)?))
     }
 }
 

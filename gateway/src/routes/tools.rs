@@ -19,15 +19,17 @@ use mcp_shared::{
     idempotency::Idempotency,
     ids::{IdempotencyKey, RequestId, ServerName, ToolName},
     json::RawJson,
+    listing::tame,
     users::Entered,
     worker_api::{CallContext, CallEvent, CallStream, ToolCall},
 };
 
 use crate::{
     admission::{InFlight, Room},
-    app::{App, Id, context, user, wants_events},
+    app::{App, context, wants_events},
     body::{Field, Fields},
-    login::Origin,
+    caller::Caller,
+    login::Invitation,
     problem::{Problem, json_bytes},
 };
 
@@ -39,18 +41,18 @@ const KEEP_ALIVE: Duration = Duration::from_secs(15);
 /// `POST /mcp/tool/call`.
 pub async fn call(
     State(app): State<Arc<App>>,
-    Id(id): Id,
-    origin: Origin,
+    caller: Caller,
+    invitation: Invitation,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Problem> {
     let (place, context, call) =
-        admitted(&app, id.clone(), &headers, body).await.map_err(Problem::not_started)?;
+        admitted(&app, &caller, &headers, body).await.map_err(Problem::not_started)?;
     let progress = call.progress;
     let stream = app.worker.call_tool(context, call).await;
-    let stream = stream.map_err(|error| origin.invite(error.or_outcome(Outcome::NotStarted)))?;
+    let stream = stream.map_err(|error| invitation.invite(error.or_outcome(Outcome::NotStarted)))?;
     if progress {
-        return Ok(events(stream, id, origin, place));
+        return Ok(events(stream, caller.request, invitation, place));
     }
     // Dropping this future, which the HTTP server does when the client goes away, cancels the call.
     let (result, replayed) = ended(stream).await;
@@ -62,7 +64,7 @@ pub async fn call(
             Ok(answer)
         }
         Err(error) => {
-            let problem = origin.invite(error.or_outcome(Outcome::Unknown)).into();
+            let problem = invitation.invite(error.or_outcome(Outcome::Unknown)).into();
             Err(replayed.into_iter().fold(problem, |problem: Problem, value| problem.header(REPLAYED, value)))
         }
     }
@@ -94,23 +96,25 @@ struct Place {
 /// that the user's limits come last.
 async fn admitted(
     app: &App,
-    id: RequestId,
+    caller: &Caller,
     headers: &HeaderMap,
     body: Body,
 ) -> Result<(Place, CallContext, ToolCall), Problem> {
     let in_flight = app.admission.call()?;
     let body = app.body(headers, body).await?;
-    let (context, call) = read_call(id, headers, &body)?;
+    let (context, call) = read_call(caller, headers, &body)?;
     let user = app.admission.user(&context)?;
+    caller.record_call(app, &context, &call);
     Ok((Place { _call: in_flight, _body: body.room, _user: user }, context, call))
 }
 
 /// What is called, and on whose behalf.
-fn read_call(id: RequestId, headers: &HeaderMap, body: &Bytes) -> Result<(CallContext, ToolCall), Problem> {
+fn read_call(caller: &Caller, headers: &HeaderMap, body: &Bytes) -> Result<(CallContext, ToolCall), Problem> {
     let fields = Fields::parse(body)?;
-    let context = context(id, user(&fields)?, headers)?;
+    let context = context(caller.request.clone(), caller.user(&fields)?, headers)?;
     let server = ServerName::parse_existing(&fields.required("serverName")?)?;
     let tool = ToolName::parse(&fields.required("methodName")?)?;
+    caller.may_call(&server, &tool)?;
     let arguments = match fields.raw("args") {
         Field::Value(arguments) if arguments.is_object() => arguments,
         Field::Value(_) => return Err(Problem::invalid("args must be a JSON object")),
@@ -128,11 +132,13 @@ fn read_call(id: RequestId, headers: &HeaderMap, body: &Bytes) -> Result<(CallCo
 }
 
 /// `GET /mcp/tools`: the tools of all enabled servers, also of those that do not run right now.
-pub async fn list(State(app): State<Arc<App>>) -> Result<Response, Problem> {
+pub async fn list(State(app): State<Arc<App>>, caller: Caller) -> Result<Response, Problem> {
     let servers = app.vault.servers().await?;
     let reports = app.reports().await?;
     let mut out = b"{\"success\":true,\"tools\":[".to_vec();
-    for (at, server) in servers.iter().filter(|server| server.value.enabled).enumerate() {
+    let seen =
+        servers.iter().filter(|server| server.value.enabled && caller.reach.has_server(&server.value.name));
+    for (at, server) in seen.enumerate() {
         if at > 0 {
             out.push(b',');
         }
@@ -140,7 +146,7 @@ pub async fn list(State(app): State<Arc<App>>) -> Result<Response, Problem> {
         serde_json::to_writer(&mut out, &server.value.name).map_err(WorkerError::internal)?;
         out.push(b':');
         match reports.get(&server.value.name).and_then(|report| report.tools.as_ref()) {
-            Some(tools) => out.extend_from_slice(tools.as_bytes()),
+            Some(tools) => out.extend_from_slice(tame(tools).as_bytes()),
             None => out.extend_from_slice(b"[]"),
         }
         out.push(b'}');
@@ -150,17 +156,17 @@ pub async fn list(State(app): State<Arc<App>>) -> Result<Response, Problem> {
 }
 
 /// Progress as it comes, then the same document that a plain answer would have had.
-fn events(stream: CallStream, id: RequestId, origin: Origin, place: Place) -> Response {
-    let events = stream::unfold(Some((stream, id, origin)), async |state| {
-        let (mut stream, id, origin) = state?;
+fn events(stream: CallStream, id: RequestId, invitation: Invitation, place: Place) -> Response {
+    let events = stream::unfold(Some((stream, id, invitation)), async |state| {
+        let (mut stream, id, invitation) = state?;
         let (name, data, rest) = match stream.next().await {
             Some(CallEvent::Progress(params)) => {
-                ("progress", text(params.bytes()), Some((stream, id, origin)))
+                ("progress", text(params.bytes()), Some((stream, id, invitation)))
             }
-            Some(CallEvent::Replayed) => ("replayed", "{}".to_owned(), Some((stream, id, origin))),
+            Some(CallEvent::Replayed) => ("replayed", "{}".to_owned(), Some((stream, id, invitation))),
             Some(CallEvent::Done(Ok(result))) => ("result", text(&success(&result)), None),
             Some(CallEvent::Done(Err(error))) => {
-                let error = origin.invite(error.or_outcome(Outcome::Unknown));
+                let error = invitation.invite(error.or_outcome(Outcome::Unknown));
                 ("error", failure(&error, &id).to_string(), None)
             }
             None => {
