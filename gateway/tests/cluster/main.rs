@@ -8,8 +8,18 @@
 mod acknowledged;
 #[path = "../it/annotations.rs"]
 mod annotations;
+#[path = "../it/audit.rs"]
+mod audit;
+#[path = "../it/authentication.rs"]
+mod authentication;
+#[path = "../it/bad_inputs.rs"]
+mod bad_inputs;
 #[path = "../it/calls.rs"]
 mod calls;
+#[path = "../it/canary.rs"]
+mod canary;
+#[path = "../it/children.rs"]
+mod children;
 #[path = "../it/compat.rs"]
 mod compat;
 #[path = "../it/cycles.rs"]
@@ -28,8 +38,12 @@ mod framing;
 mod hostile_children;
 #[path = "../it/idempotency.rs"]
 mod idempotency;
+#[path = "../it/isolation.rs"]
+mod isolation;
 #[path = "../it/lifecycle.rs"]
 mod lifecycle;
+#[path = "../it/listings.rs"]
+mod listings;
 #[path = "../it/logins.rs"]
 mod logins;
 #[path = "../it/oauth.rs"]
@@ -60,10 +74,17 @@ mod remote_tls;
 mod secrets;
 #[path = "../it/smoke.rs"]
 mod smoke;
+#[path = "../it/stored.rs"]
+mod stored;
+#[path = "../it/tokens.rs"]
+mod tokens;
 
+mod bad_inputs_fleet;
 mod bodies;
 mod faults;
 mod fleet;
+mod guarded;
+mod keys_fleet;
 mod mongodb_alone;
 mod overload_fleet;
 mod packages_fleet;
@@ -71,6 +92,7 @@ mod placement;
 mod reads_after_writes;
 mod remote_fleet;
 mod services;
+mod store_edge;
 mod store_outage;
 
 #[path = "../it/fixture.rs"]

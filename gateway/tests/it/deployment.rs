@@ -92,6 +92,7 @@ pub enum Program {
 pub struct Builder {
     data: Data,
     env: BTreeMap<String, String>,
+    key: Option<String>,
     gateways: usize,
     workers: usize,
 }
@@ -103,10 +104,21 @@ impl Builder {
         self
     }
 
+    /// Has requests made with an API key.
+    pub fn key(mut self, key: &str) -> Self {
+        self.key = Some(key.to_owned());
+        self
+    }
+
     /// Uses data that an earlier deployment used.
     pub fn data(mut self, data: &Data) -> Self {
         self.data = data.clone();
         self
+    }
+
+    /// The data that will be used.
+    pub fn place(&self) -> Data {
+        self.data.clone()
     }
 
     /// How many workers a cluster has.
@@ -185,9 +197,14 @@ impl Builder {
         let api = Deployment {
             nodes,
             data,
-            client: reqwest::Client::new(),
+            client: client(),
             turn: AtomicUsize::new(0),
-            builder: Builder { data: self.data.clone(), env: self.env.clone(), ..self },
+            builder: Builder {
+                data: self.data.clone(),
+                env: self.env.clone(),
+                key: self.key.clone(),
+                ..self
+            },
         };
         if crate::CLUSTER && api.builder.workers > 0 {
             api.sees(api.builder.workers).await;
@@ -196,11 +213,23 @@ impl Builder {
     }
 }
 
+/// A file for programs and clients of tests that speak TLS.
+pub fn tls_file(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/it/tls").join(name)
+}
+
+/// A client that trusts the certificates of tests, and no others.
+fn client() -> reqwest::Client {
+    let trusted = ["authority.pem", "renewed.pem"]
+        .map(|name| reqwest::Certificate::from_pem(&std::fs::read(tls_file(name)).unwrap()).unwrap());
+    reqwest::Client::builder().tls_certs_only(trusted).build().unwrap()
+}
+
 /// One process of a deployment.
 pub struct Node {
     child: Child,
     program: Program,
-    /// `http://127.0.0.1:PORT`.
+    /// `http://127.0.0.1:PORT`, or with `https`.
     pub base: String,
     /// What it calls itself in the fleet; empty for a gateway.
     #[allow(dead_code, reason = "only tests of clusters tell workers apart")]
@@ -223,7 +252,7 @@ impl Node {
             panic!("the program did not start:\n{}", std::fs::read_to_string(&log).unwrap_or_default())
         });
         node.base = first.split_whitespace().last().unwrap().to_owned();
-        assert!(node.base.starts_with("http://"), "{first}");
+        assert!(node.base.starts_with("http://") || node.base.starts_with("https://"), "{first}");
         node.id = first.split(['(', ')']).nth(1).unwrap_or_default().to_owned();
         node
     }
@@ -302,9 +331,10 @@ impl Answer {
         serde_json::from_str(&self.text).unwrap_or_else(|_| panic!("not JSON: {}", self.text))
     }
 
-    /// The `code` of an error answer.
+    /// The `code` of an error answer; empty for any other.
     pub fn code(&self) -> String {
-        self.json()["code"].as_str().unwrap_or_default().to_owned()
+        let body: Value = serde_json::from_str(&self.text).unwrap_or_default();
+        body["code"].as_str().unwrap_or_default().to_owned()
     }
 
     /// Asserts that the answer is 200.
@@ -348,7 +378,7 @@ impl Deployment {
     pub fn builder() -> Builder {
         // For the clients of all tests: they have TLS, and nobody else says with which cryptography.
         mcp_shared::tls::install_provider();
-        Builder { data: Data::new(), env: BTreeMap::new(), gateways: 2, workers: 2 }
+        Builder { data: Data::new(), env: BTreeMap::new(), key: None, gateways: 2, workers: 2 }
     }
 
     /// `http://127.0.0.1:PORT` of a gateway: each of them in turn.
@@ -359,7 +389,7 @@ impl Deployment {
 
     /// `127.0.0.1:PORT` of a gateway.
     pub fn address(&self) -> &str {
-        self.base().trim_start_matches("http://")
+        self.base().split("//").last().unwrap_or_default()
     }
 
     fn of(&self, program: Program) -> impl Iterator<Item = &Node> {
@@ -370,6 +400,12 @@ impl Deployment {
     pub fn owners(&self) -> Vec<i32> {
         let owner = if crate::CLUSTER { Program::Worker } else { Program::Gateway };
         self.of(owner).map(Node::pid).collect()
+    }
+
+    /// The gateways, in the order in which they were started.
+    #[allow(dead_code, reason = "only tests of clusters tell gateways apart")]
+    pub fn gateways(&self) -> Vec<&Node> {
+        self.of(Program::Gateway).collect()
     }
 
     /// The workers, in the order in which they were started.
@@ -388,11 +424,24 @@ impl Deployment {
     #[allow(dead_code, reason = "only tests of clusters add workers")]
     pub async fn add_worker_with(&mut self, env: &[(&str, &str)]) {
         let name = format!("worker-{}", self.nodes.len());
-        let mut builder = Builder { data: self.data.clone(), env: self.builder.env.clone(), ..self.builder };
+        let mut builder = Builder {
+            data: self.data.clone(),
+            env: self.builder.env.clone(),
+            key: self.builder.key.clone(),
+            ..self.builder
+        };
         builder.env.extend(env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
         let node = Node::start(&builder, Program::Worker, &name).await;
         self.nodes.push(node);
         self.sees(self.workers().len()).await;
+    }
+
+    /// Takes a gateway out of the deployment, as [`Deployment::take_worker`] takes a worker.
+    #[allow(dead_code, reason = "only tests of clusters take gateways away")]
+    pub fn take_gateway(&mut self, at: usize) -> Node {
+        let at = self.nodes.iter().enumerate().filter(|(_, node)| node.program == Program::Gateway).nth(at);
+        let at = at.unwrap().0;
+        self.nodes.remove(at)
     }
 
     /// Takes a worker out of the deployment: its process goes on until the test ends it.
@@ -417,11 +466,18 @@ impl Deployment {
         owners
     }
 
-    /// Waits until every gateway sees so many workers.
+    /// Waits until every gateway sees so many workers, or, where this may not look at them, is ready.
     pub async fn sees(&self, workers: usize) {
+        let get = |address: String| match self.key() {
+            Some(key) => self.client.get(address).bearer_auth(key).send(),
+            None => self.client.get(address).send(),
+        };
         for gateway in self.of(Program::Gateway) {
             eventually("the gateways see all workers", async || {
-                let fleet = self.client.get(format!("{}/fleet", gateway.base)).send().await.unwrap();
+                let fleet = get(format!("{}/fleet", gateway.base)).await.unwrap();
+                if matches!(fleet.status().as_u16(), 401 | 403) {
+                    return get(format!("{}/readyz", gateway.base)).await.unwrap().status() == 200;
+                }
                 let fleet: Value = fleet.json().await.unwrap();
                 fleet["workers"].as_array().is_some_and(|seen| seen.len() == workers)
             })
@@ -453,9 +509,23 @@ impl Deployment {
         sum
     }
 
+    /// The API key that requests are made with.
+    pub fn key(&self) -> Option<&str> {
+        self.builder.key.as_deref()
+    }
+
     /// A request to be completed by the test.
     pub fn request(&self, method: Method, path: &str) -> RequestBuilder {
-        self.client.request(method, format!("{}{path}", self.base()))
+        self.request_with(self.builder.key.as_deref(), method, path)
+    }
+
+    /// The same with another credential than the deployment's, or with none.
+    pub fn request_with(&self, credential: Option<&str>, method: Method, path: &str) -> RequestBuilder {
+        let request = self.client.request(method, format!("{}{path}", self.base()));
+        match credential {
+            Some(credential) => request.bearer_auth(credential),
+            None => request,
+        }
     }
 
     /// Sends a request.
@@ -542,6 +612,11 @@ impl Deployment {
         for node in &self.nodes {
             kill(Pid::from_raw(node.pid()), signal).unwrap();
         }
+    }
+
+    /// Has the gateways read again what may have changed (SIGHUP).
+    pub fn hang_up(&self) {
+        self.of(Program::Gateway).for_each(|node| kill(Pid::from_raw(node.pid()), Signal::SIGHUP).unwrap());
     }
 
     /// Stops the programs in order and waits for their end.

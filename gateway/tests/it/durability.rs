@@ -204,9 +204,11 @@ async fn acknowledged_writes_survive_a_kill_at_any_moment() {
                 tokio::spawn(write_until_killed(api.base().to_owned(), writer, known, seed, done))
             })
             .collect();
-        // Writes of a cluster are slower, the more so with the stand-in for MongoDB.
-        let pause = if crate::CLUSTER { 200 + chance.below(801) } else { 20 + chance.below(281) };
-        println!("round {round}: killed after {pause} ms");
+        // After so many writes, and not after some time: how many those are depends on the machine.
+        let (before, more) = (done.load(Ordering::Relaxed), 11 + chance.below(100));
+        eventually("some writes were made", async || done.load(Ordering::Relaxed) >= before + more).await;
+        let pause = chance.below(21);
+        println!("round {round}: killed {pause} ms after {more} writes");
         // Not to wait for something: the moment is what the test is about.
         tokio::time::sleep(Duration::from_millis(u64::try_from(pause).unwrap())).await;
         api.kill().await;
@@ -218,7 +220,6 @@ async fn acknowledged_writes_survive_a_kill_at_any_moment() {
     for (writer, known) in known.iter_mut().enumerate() {
         verify(&api, writer, known).await;
     }
-    assert!(done.load(Ordering::Relaxed) > 10 * ROUNDS, "too few writes to mean anything");
     assert!(api.stop().await.success());
 }
 

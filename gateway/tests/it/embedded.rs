@@ -88,6 +88,8 @@ async fn values_that_were_moved_in_the_database_are_not_used() {
         assert_eq!(refused.json()["outcome"], "not_started", "{user}");
         assert_eq!(refused.json()["retryable"], false, "{user}");
     }
+    assert!(api.metric("mcp_integrity_failures_total{kind=\"tag_mismatch\"}").await >= 2.0);
+    assert!(api.metric("mcp_integrity_failures_total{kind=\"misplaced\"}").await >= 1.0);
     // Only the calls that need such a value fail, and they never reached the server.
     assert_eq!(api.call_as("carol", "echo", "count", json!({})).await.tool_text(), "1");
     assert_eq!(arguments(&api, "carol", "echo", json!({})).await, json!({"K": "key-of-carol"}));

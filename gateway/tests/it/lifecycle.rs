@@ -462,7 +462,7 @@ async fn one_of_several_processes_is_replaced_while_the_others_serve() {
 /// A process can close its standard input and live on. It would never see another call.
 #[tokio::test]
 async fn a_server_that_stops_reading_for_good_is_replaced() {
-    let api = Deployment::start().await;
+    let api = Deployment::builder().env("COMMANDS_ALLOW", "*,sh").start().await;
     let starts = api.data().path().join("starts");
     let script = r#"
         echo start >>"$STARTS"

@@ -265,7 +265,8 @@ async fn an_authorization_server_may_read_who_we_are() {
     assert_eq!(authorization.registrations(), 0);
 }
 
-const CREDENTIALS: &str = r#"{"web":{"client_id":"app.example","client_secret":"GOCSPX-canary-41c7"}}"#;
+/// What Google gives to an application.
+pub const CREDENTIALS: &str = r#"{"web":{"client_id":"app.example","client_secret":"GOCSPX-canary-41c7"}}"#;
 
 fn google(more: Value) -> Value {
     let mut env = json!({"MCP_AUTH_TYPE": "OAUTH2_GOOGLE"});

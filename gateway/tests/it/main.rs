@@ -6,7 +6,12 @@
 
 mod acknowledged;
 mod annotations;
+mod audit;
+mod authentication;
+mod bad_inputs;
 mod calls;
+mod canary;
+mod children;
 mod compat;
 mod cycles;
 mod deployment;
@@ -19,9 +24,13 @@ mod framing;
 mod full_disk;
 mod hostile_children;
 mod idempotency;
+mod isolation;
+mod keys;
 mod lifecycle;
+mod listings;
 mod logins;
 mod oauth;
+mod ordinary_user;
 mod overload;
 mod packages;
 mod packages_input;
@@ -37,6 +46,8 @@ mod secrets;
 mod settings;
 mod settings_cluster;
 mod smoke;
+mod stored;
+mod tokens;
 
 use fixture::FIXTURE;
 

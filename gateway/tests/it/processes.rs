@@ -161,7 +161,7 @@ async fn no_shell_reads_the_command_line() {
 
 #[tokio::test]
 async fn a_polite_server_leaves_by_itself() {
-    let api = Deployment::start().await;
+    let api = Deployment::builder().env("COMMANDS_ALLOW", "*,sh").start().await;
     let note = api.data().path().join("note");
     // The shell waits for the server and writes only if no signal ends it.
     let mut body = fixture("polite", &[]);

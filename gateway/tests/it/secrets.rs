@@ -7,6 +7,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
+    time::Duration,
 };
 
 use serde_json::{Value, json};
@@ -359,6 +360,8 @@ async fn a_name_that_is_deleted_and_registered_at_once_is_a_new_server() {
                 if answer.status != 409 {
                     return answer;
                 }
+                // As fast as a client may try, and not faster than the store can say no.
+                tokio::time::sleep(Duration::from_millis(2)).await;
             }
         };
         let (deleted, registered) = tokio::join!(delete, register);

@@ -12,7 +12,7 @@ use std::{
 use mcp_shared::config::VARIABLES;
 use serde_json::{Value, json};
 
-use crate::deployment::{Builder, Data, Deployment, PATIENCE};
+use crate::deployment::{Builder, Data, Deployment, PATIENCE, tls_file};
 
 /// The exit status for settings that no restart mends.
 pub const CONFIG: i32 = 78;
@@ -238,11 +238,18 @@ async fn unsafe_and_impossible_settings_are_refused() {
         (&[("DEBUG", "perhaps")], &["DEBUG"]),
         (&[("LOG_FORMAT", "xml")], &["LOG_FORMAT"]),
         (&[("RUST_LOG", "a=b=c")], &["RUST_LOG"]),
-        (&[("AUTH", "keys")], &["AUTH"]),
+        (&[("AUTH", "jwt")], &["JWT_ISSUER", "JWT_AUDIENCE"]),
         (&[("AUTH", "maybe")], &["AUTH"]),
         (&[("ALLOWED_ORIGINS", "not an origin")], &["ALLOWED_ORIGINS"]),
+        (&[("CORS_ORIGINS", "*")], &["CORS_ORIGINS"]),
+        (&[("CORS_ORIGINS", "https://a.example,null")], &["CORS_ORIGINS"]),
+        (&[("CORS_ORIGINS", "https://a.example/path")], &["CORS_ORIGINS"]),
+        (&[("MAX_CONNECTIONS", "0")], &["MAX_CONNECTIONS"]),
+        (&[("TLS_CERT_FILE", "cert.pem")], &["TLS_CERT_FILE", "TLS_KEY_FILE is missing"]),
+        (&[("TLS_KEY_FILE", "key.pem")], &["TLS_KEY_FILE", "TLS_CERT_FILE is missing"]),
+        (&[("TLS_CERT_FILE", "no-cert.pem"), ("TLS_KEY_FILE", "no-key.pem")], &["no-cert.pem", "not found"]),
         (&[("LEGACY_SECRETS", "yes")], &["LEGACY_SECRETS"]),
-        (&[("SECRETS_KEY", KEY), ("SECRETS_KEYS_FILE", "ring")], &["SECRETS_KEYS_FILE", "only one"]),
+        (&[("SECRETS_KEY", KEY), ("SECRETS_KEYS_FILE", "no-such-file")], &["no-such-file"]),
         (&[("SECRETS_KEYS_FILE", "no-such-file")], &["no-such-file"]),
         // All that is wrong is said at once.
         (&[("PORT", "x"), ("DEBUG", "x"), ("HOST", "0.0.0.0")], &["PORT", "DEBUG", "HOST"]),
@@ -259,6 +266,32 @@ async fn unsafe_and_impossible_settings_are_refused() {
         }
         assert!(!said.contains("canary-pass") && !said.contains(KEY), "{said}");
     }
+}
+
+#[tokio::test]
+async fn a_certificate_that_cannot_be_served_with_is_refused() {
+    let with = |certificate: &str, key: &str| {
+        Deployment::builder()
+            .env("TLS_CERT_FILE", tls_file(certificate).display().to_string())
+            .env("TLS_KEY_FILE", tls_file(key).display().to_string())
+    };
+    for (certificate, key, expected) in [
+        ("localhost.pem", "another.key", "the key is not that of the certificate"),
+        ("localhost.key", "localhost.key", "TLS_CERT_FILE"),
+        ("localhost.pem", "localhost.pem", "TLS_KEY_FILE"),
+    ] {
+        let said = refused(with(certificate, key), CONFIG).await;
+        assert!(said.contains(expected) && !said.contains("PRIVATE KEY"), "{said}");
+        let checked = run(with(certificate, key), &["check"]).await;
+        assert_eq!(checked.status.code(), Some(CONFIG));
+        assert!(text(&checked.stdout).contains(expected), "{}", text(&checked.stdout));
+    }
+    let checked = run(with("expired.pem", "localhost.key"), &["check"]).await;
+    assert_eq!(checked.status.code(), Some(CONFIG));
+    assert!(text(&checked.stdout).contains("ended at 2021-01-01"), "{}", text(&checked.stdout));
+    let checked = run(with("localhost.pem", "localhost.key"), &["check"]).await;
+    assert!(checked.status.success(), "{}", text(&checked.stdout));
+    assert!(text(&checked.stdout).contains("fits its key, and ends at 2126"), "{}", text(&checked.stdout));
 }
 
 #[tokio::test]
