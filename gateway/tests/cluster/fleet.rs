@@ -2,7 +2,6 @@
 
 use std::time::{Duration, Instant};
 
-use mcp_shared::testing::services;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
@@ -86,11 +85,11 @@ async fn a_node_that_is_not_of_this_fleet_is_refused() {
     // Nothing of it is left behind that would keep others from joining.
     api.add_worker().await;
     assert_eq!(api.call("echo", "echo", json!({"text": "hi"})).await.tool_text(), "hi");
-    drop_database(&other).await;
+    drop_database(api.data().mongo(), &other).await;
 }
 
-async fn drop_database(name: &str) {
-    let client = mongodb::Client::with_uri_str(services::shared_mongo()).await.unwrap();
+async fn drop_database(mongo: &str, name: &str) {
+    let client = mongodb::Client::with_uri_str(mongo).await.unwrap();
     client.database(name).drop().await.unwrap();
 }
 

@@ -1,6 +1,5 @@
 //! One program whose store is a MongoDB: how a deployment of mcp-api moves over.
 
-use mcp_shared::testing::services;
 use mongodb::bson::{Bson, DateTime, doc, oid::ObjectId};
 use serde_json::json;
 
@@ -37,7 +36,7 @@ async fn one_program_serves_from_a_mongodb() {
 async fn packages_of_mcp_api_move_over() {
     let registry = registry();
     let data = Data::new();
-    let client = mongodb::Client::with_uri_str(services::shared_mongo()).await.unwrap();
+    let client = mongodb::Client::with_uri_str(data.mongo()).await.unwrap();
     let database = client.database(data.name());
     let date = || Bson::DateTime(DateTime::now());
     let entry = "./packages/acme-clock/node_modules/@acme/clock/cli.js";

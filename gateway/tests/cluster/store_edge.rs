@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, process::Stdio, sync::Arc};
 
-use mcp_shared::testing::services::{self, MongoServer};
+use mcp_shared::testing::services::MongoServer;
 use mongodb::bson::{Document, doc};
 use serde_json::json;
 use tokio::net::{TcpListener, TcpStream};
@@ -126,7 +126,7 @@ async fn rows_that_were_moved_or_cut_fail_closed() {
     api.set_secret("dave", "other", "K", "daves key").await.ok();
     assert!(api.stop().await.success());
 
-    let client = mongodb::Client::with_uri_str(services::shared_mongo()).await.unwrap();
+    let client = mongodb::Client::with_uri_str(data.mongo()).await.unwrap();
     let database = client.database(data.name());
     let secrets = database.collection::<Document>("secrets");
     let value = async |user: &str| -> String {

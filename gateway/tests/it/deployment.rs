@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
@@ -37,6 +37,8 @@ struct Place {
     folder: TempDir,
     /// The name of the database, and the first token of every subject.
     name: String,
+    /// Where a cluster's database is, once somebody has asked.
+    mongo: OnceLock<services::Mongo>,
 }
 
 impl Data {
@@ -47,12 +49,18 @@ impl Data {
         Self(Arc::new(Place {
             folder: tempfile::Builder::new().prefix("mcp-api-test-").tempdir().unwrap(),
             name: format!("t{}-{count}", std::process::id()),
+            mongo: OnceLock::new(),
         }))
     }
 
     /// Where the folder is. `data/` below it is the `DATA_DIR` of a program on one machine.
     pub fn path(&self) -> &Path {
         self.0.folder.path()
+    }
+
+    /// Where the database is.
+    pub fn mongo(&self) -> &str {
+        self.0.mongo.get_or_init(services::mongo_for_a_test).uri()
     }
 
     /// The name of the database and of the subjects.
@@ -63,13 +71,13 @@ impl Data {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        if crate::CLUSTER {
+        if let Some(mongo) = self.mongo.take() {
             let name = self.name.clone();
             // The place may go in the middle of a test, on a thread that runs a runtime already.
             let dropped = std::thread::spawn(move || {
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
                 runtime.block_on(async {
-                    if let Ok(client) = mongodb::Client::with_uri_str(services::shared_mongo()).await {
+                    if let Ok(client) = mongodb::Client::with_uri_str(mongo.uri()).await {
                         let _ = client.database(&name).drop().await;
                     }
                 });
@@ -172,7 +180,7 @@ impl Builder {
             command
                 .env("NATS_URL", services::shared_nats().url())
                 .env("NATS_PREFIX", self.data.name())
-                .env("MONGODB_URI", services::shared_mongo())
+                .env("MONGODB_URI", self.data.mongo())
                 .env("MONGO_DBNAME", self.data.name())
                 .env("SECRETS_KEY", CLUSTER_KEY);
         }

@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 
 use futures_util::TryStreamExt;
-use mcp_shared::testing::services;
 use mongodb::bson::{Document, doc};
 use rusqlite::{Connection, OpenFlags, types::ValueRef};
 
@@ -25,7 +24,7 @@ pub async fn settled(data: &Data) -> BTreeMap<String, Vec<String>> {
 }
 
 async fn collections(data: &Data) -> BTreeMap<String, Vec<String>> {
-    let client = mongodb::Client::with_uri_str(services::shared_mongo()).await.unwrap();
+    let client = mongodb::Client::with_uri_str(data.mongo()).await.unwrap();
     let database = client.database(data.name());
     let mut all = BTreeMap::new();
     for name in database.list_collection_names().await.unwrap() {

@@ -6,7 +6,7 @@
 //! the next one.
 //!
 //! * `NATS_SERVER_BIN`: the path of another `nats-server` to run.
-//! * `MONGODB_TEST_URI`: the URI of a running MongoDB, which [`shared_mongo`] then gives instead of
+//! * `MONGODB_TEST_URI`: the URI of a running MongoDB, which tests then get instead of
 //!   launching one. Tests make databases of their own in it. Those that kill a server launch one anyway.
 //!
 //! Starting blocks; asynchronous tests use `spawn_blocking`, or accept to wait.
@@ -27,7 +27,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::{
-        LazyLock, Mutex, OnceLock,
+        Arc, LazyLock, Mutex, OnceLock, PoisonError,
         atomic::{AtomicU64, Ordering},
         mpsc,
     },
@@ -281,18 +281,55 @@ pub fn shared_nats() -> &'static NatsServer {
     SERVER.get_or_init(|| NatsServer::start(""))
 }
 
-/// The URI of the MongoDB that the tests of this process share: `MONGODB_TEST_URI`, or one that is
-/// launched. Use a database of your own and drop it.
+/// The URI of the MongoDB that a whole process shares: `MONGODB_TEST_URI`, or one that is launched. Use a
+/// database of your own and drop it.
 pub fn shared_mongo() -> &'static str {
-    static SERVER: OnceLock<(String, Option<MongoServer>)> = OnceLock::new();
-    let (uri, _) = SERVER.get_or_init(|| match env::var("MONGODB_TEST_URI") {
-        Ok(uri) if !uri.is_empty() => (uri, None),
-        _ => {
-            let server = MongoServer::start_with(true);
-            (server.uri(), Some(server))
-        }
-    });
-    uri
+    static SERVER: OnceLock<Mongo> = OnceLock::new();
+    SERVER.get_or_init(Mongo::find).uri()
+}
+
+/// A MongoDB for one of many tests: `MONGODB_TEST_URI`, or one that is launched and that a few other tests use
+/// as well. What stands in for MongoDB gets slower with every write that it has ever seen, so after some tests
+/// the next ones get another one; it ends with the last that holds it. Use a database of your own and drop it.
+pub fn mongo_for_a_test() -> Mongo {
+    /// How many tests get the same one.
+    const SHARE: usize = 12;
+    static CURRENT: Mutex<Option<(Mongo, usize)>> = Mutex::new(None);
+    let mut current = CURRENT.lock().unwrap_or_else(PoisonError::into_inner);
+    let (mongo, users) = match current.take() {
+        Some((mongo, users)) if users < SHARE || mongo.0.server.is_none() => (mongo, users + 1),
+        _ => (Mongo::find(), 1),
+    };
+    *current = Some((mongo.clone(), users));
+    mongo
+}
+
+/// A MongoDB that several tests hold at once.
+#[derive(Debug, Clone)]
+pub struct Mongo(Arc<Held>);
+
+#[derive(Debug)]
+struct Held {
+    uri: String,
+    /// Nothing when somebody else looks after it.
+    server: Option<MongoServer>,
+}
+
+impl Mongo {
+    fn find() -> Self {
+        Self(Arc::new(match env::var("MONGODB_TEST_URI") {
+            Ok(uri) if !uri.is_empty() => Held { uri, server: None },
+            _ => {
+                let server = MongoServer::forgetful();
+                Held { uri: server.uri(), server: Some(server) }
+            }
+        }))
+    }
+
+    /// Its URI, without a database.
+    pub fn uri(&self) -> &str {
+        &self.0.uri
+    }
 }
 
 fn nats_binary() -> PathBuf {

@@ -49,6 +49,18 @@ fn servers_of_a_process_are_shared() {
 }
 
 #[test]
+fn tests_share_a_mongodb_and_the_next_ones_another() {
+    let given: Vec<_> = (0..13).map(|_| mongo_for_a_test()).collect();
+    let mut addresses: Vec<_> = given.iter().map(Mongo::uri).collect();
+    addresses.dedup();
+    let launched = given[0].0.server.is_some();
+    assert_eq!(addresses.len(), if launched { 2 } else { 1 }, "{addresses:?}");
+    let first = given[0].0.server.as_ref().map(MongoServer::pid);
+    drop(given);
+    assert!(first.is_none_or(|first| !alive(first)), "nobody holds it any more");
+}
+
+#[test]
 fn a_server_outlives_the_thread_that_asked_for_it() {
     let server = thread::spawn(|| NatsServer::start("")).join().unwrap();
     thread::sleep(Duration::from_millis(100));
