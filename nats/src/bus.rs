@@ -8,12 +8,17 @@ use std::{
     time::{Duration, Instant},
 };
 
-use async_nats::{Client, ConnectOptions, Event, Subscriber, connection::State};
+use async_nats::{Client, ConnectOptions, Event, Subject, Subscriber, connection::State};
 use bytes::Bytes;
 use mcp_shared::{ids::WorkerId, metrics};
 use serde::Serialize;
 
-use crate::{caller::Now, subjects::Subjects, wire};
+use crate::{
+    caller::Now,
+    outbox::{Outbox, Outgoing},
+    subjects::Subjects,
+    wire,
+};
 
 /// Messages that may wait to be read by one subscription; what comes beyond is lost, and noticed (the client's own
 /// number is 65,536). A loss costs a worker the time to read everything again, so that a burst should fit: each call
@@ -26,7 +31,7 @@ const SUBSCRIPTION: usize = 16_384;
 const OUTBOX: usize = 512;
 /// How often it is logged that messages are lost. Each is counted.
 const LOSS_LOGGED: Duration = Duration::from_secs(1);
-/// How long a message may wait for its place among them. While there is no connection nobody makes room.
+/// How long a message may wait for its place before them. While there is no connection nobody makes room.
 const SENDING: Duration = Duration::from_secs(1);
 /// How often the connection is tried out.
 const PING: Duration = Duration::from_secs(5);
@@ -35,6 +40,7 @@ const PING: Duration = Duration::from_secs(5);
 #[derive(Clone)]
 pub struct Bus {
     client: Client,
+    outbox: Outbox,
     subjects: Arc<Subjects>,
     node: WorkerId,
     start: Instant,
@@ -48,20 +54,17 @@ pub enum SendError {
     /// It cannot be written as a message.
     #[error("a message cannot be written: {0}")]
     Write(#[from] serde_json::Error),
-    /// The connection does not take it.
-    #[error("a message was not sent: {0}")]
-    Publish(#[from] async_nats::PublishError),
-    /// Too much waits to be sent already.
+    /// The NATS server takes no message that is so large.
+    #[error("a message was not sent: it has {bytes} bytes, and the NATS server takes {most}")]
+    TooLarge {
+        /// How large it is.
+        bytes: usize,
+        /// How large it may be.
+        most: usize,
+    },
+    /// Too much waits to be sent already, or the connection has ended.
     #[error("a message was not sent: the connection takes no more")]
     Full,
-}
-
-/// Gives what is sent a place among what waits to be written, or gives it up.
-async fn within(sent: impl Future<Output = Result<(), async_nats::PublishError>>) -> Result<(), SendError> {
-    match tokio::time::timeout(SENDING, sent).await {
-        Ok(sent) => Ok(sent?),
-        Err(_) => Err(SendError::Full),
-    }
 }
 
 impl Bus {
@@ -110,7 +113,8 @@ impl Bus {
             })
             .connect(servers)
             .await?;
-        Ok(Self { client, subjects, node, start: Instant::now(), lost, inbox })
+        let outbox = Outbox::new(client.clone());
+        Ok(Self { client, outbox, subjects, node, start: Instant::now(), lost, inbox })
     }
 
     /// This node.
@@ -166,7 +170,7 @@ impl Bus {
         message: &impl Serialize,
         body: &[u8],
     ) -> Result<(), SendError> {
-        within(self.client.publish(subject, wire::encode(message, body)?)).await
+        self.put(subject.into(), None, wire::encode(message, body)?).await
     }
 
     /// Sends a message whose answers come to a subject.
@@ -177,16 +181,30 @@ impl Bus {
         message: &impl Serialize,
         body: &[u8],
     ) -> Result<(), SendError> {
-        within(self.client.publish_with_reply(subject, reply, wire::encode(message, body)?)).await
+        self.put(subject.into(), Some(reply.into()), wire::encode(message, body)?).await
     }
 
     /// Sends bytes.
-    pub async fn publish(
-        &self,
-        subject: impl async_nats::ToSubject,
-        payload: Bytes,
-    ) -> Result<(), SendError> {
-        within(self.client.publish(subject, payload)).await
+    pub async fn publish(&self, subject: Subject, payload: Bytes) -> Result<(), SendError> {
+        self.put(subject, None, payload).await
+    }
+
+    /// Gives what is sent its place among what waits to be written, or gives it up.
+    async fn put(&self, subject: Subject, reply: Option<Subject>, payload: Bytes) -> Result<(), SendError> {
+        let (bytes, most) = (payload.len(), self.client.max_payload());
+        if bytes > most {
+            return Err(SendError::TooLarge { bytes, most });
+        }
+        let Err(message) = self.outbox.try_put(Outgoing { subject, reply, payload }) else { return Ok(()) };
+        match tokio::time::timeout(SENDING, self.outbox.put(message)).await {
+            Ok(true) => Ok(()),
+            Ok(false) | Err(_) => Err(SendError::Full),
+        }
+    }
+
+    /// Waits until everything that was sent before has been written to the server.
+    pub async fn flush(&self, limit: Duration) {
+        let _ = tokio::time::timeout(limit, self.outbox.flush()).await;
     }
 
     /// Waits until the server has answered: everything sent before has reached it, and subscriptions
@@ -195,7 +213,7 @@ impl Bus {
         let heard = async {
             let echo = self.client.new_inbox();
             let mut own = self.client.subscribe(echo.clone()).await.ok()?;
-            self.client.publish(echo, Bytes::new()).await.ok()?;
+            self.put(echo.into(), None, Bytes::new()).await.ok()?;
             futures_util::StreamExt::next(&mut own).await
         };
         matches!(tokio::time::timeout(limit, heard).await, Ok(Some(_)))

@@ -9,6 +9,7 @@ pub mod frames;
 #[cfg(any(test, feature = "testing"))]
 pub mod fuzzing;
 mod micro;
+mod outbox;
 pub mod router;
 pub mod server;
 pub mod subjects;

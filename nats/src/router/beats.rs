@@ -94,7 +94,7 @@ impl Inner {
 
     pub(super) async fn say_goodbye(&self) {
         self.say(&Beat::Gone(self.bus.node().clone())).await;
-        let _ = tokio::time::timeout(Duration::from_secs(1), self.bus.client().flush()).await;
+        self.bus.flush(Duration::from_secs(1)).await;
     }
 
     pub(super) async fn show_up(&self) {

@@ -231,7 +231,7 @@ impl Inner {
     /// Tells all workers that a job waits, and whoever else listens.
     pub(super) async fn wake(self: &Arc<Self>) -> Result<(), WorkerError> {
         let event = self.bus.subjects().event("job", "queued");
-        if let Err(error) = self.bus.publish(event, Bytes::new()).await {
+        if let Err(error) = self.bus.publish(event.into(), Bytes::new()).await {
             tracing::debug!(error.cause = %error, "an event was not sent");
         }
         self.ask_all(&Ask::Wake).await.map(|_| ())

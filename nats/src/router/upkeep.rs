@@ -75,7 +75,7 @@ impl Inner {
                 echoed = Instant::now();
                 let bus = self.bus.clone();
                 self.send_later(async move {
-                    let _ = bus.publish(bus.reply_to(ECHO), Bytes::new()).await;
+                    let _ = bus.publish(bus.reply_to(ECHO).into(), Bytes::new()).await;
                 });
             }
             if self.bus.gaps() != gaps {
