@@ -17,6 +17,8 @@ use crate::logs::Log;
 
 /// Small frames are joined into writes of about this size.
 const WRITE: usize = 64 * 1024;
+/// Frames that are joined.
+const JOINED: usize = 64;
 
 /// Starts the two tasks of a connection on the tracker.
 pub fn open(
@@ -45,10 +47,18 @@ impl Drop for Gone {
 async fn write(mut input: impl AsyncWrite + Unpin, mut queue: mpsc::Receiver<Frame>, connection: Connection) {
     let close: CancellationToken = connection.input_closing();
     let _gone = Gone(connection);
-    let mut frames = Vec::with_capacity(64);
+    let mut frames = Vec::with_capacity(JOINED);
     let mut buffer = Vec::with_capacity(WRITE);
     let work = async {
-        while queue.recv_many(&mut frames, 64).await > 0 {
+        while queue.recv_many(&mut frames, JOINED).await > 0 {
+            // Whoever else is ready to run may have something to write as well: a write for each frame costs the
+            // server that reads it as much as this process.
+            tokio::task::yield_now().await;
+            while frames.len() < JOINED
+                && let Ok(frame) = queue.try_recv()
+            {
+                frames.push(frame);
+            }
             let mut secret = false;
             for frame in frames.drain(..) {
                 let Some(payload) = frame.into_payload() else { continue };
