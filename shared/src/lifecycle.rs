@@ -62,13 +62,15 @@ pub fn run(
         complain(&error.to_string());
         return ExitCode::FAILURE;
     }
-    match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    let ended = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime.block_on(main(&settings)),
         Err(error) => {
             complain(&format!("the runtime did not start: {error}"));
             ExitCode::FAILURE
         }
-    }
+    };
+    telemetry::flush();
+    ended
 }
 
 /// What a program that serves does first: it logs what is odd about its settings, and listens for signals.
@@ -102,6 +104,7 @@ fn stop_on_signals(stop: CancellationToken) -> std::io::Result<()> {
             }
             tracing::info!("{name}");
             if stop.is_cancelled() {
+                telemetry::flush();
                 // The supervisor ends the servers when this process is gone.
                 std::process::exit(130);
             }
@@ -166,6 +169,8 @@ pub fn address(host: &config::ListenHost, port: u16) -> String {
 
 /// Tells the person who started the program why it ends.
 pub fn complain(text: &str) {
+    // After what was logged before.
+    telemetry::flush();
     let _ = writeln!(std::io::stderr(), "{text}");
 }
 

@@ -63,6 +63,7 @@ struct Counts {
     audit_dropped: Counter,
     audit_failures: Counter,
     tool_changes: Counter,
+    log_dropped: Counter,
 }
 
 static COUNTS: LazyLock<Counts> = LazyLock::new(|| {
@@ -84,6 +85,7 @@ static COUNTS: LazyLock<Counts> = LazyLock::new(|| {
         audit_dropped: Counter::default(),
         audit_failures: Counter::default(),
         tool_changes: Counter::default(),
+        log_dropped: Counter::default(),
     }
 });
 
@@ -125,6 +127,11 @@ pub fn count_audit_failure() {
 /// A server listed tools otherwise than before, with nothing changed in its record.
 pub fn count_tool_change() {
     COUNTS.tool_changes.inc();
+}
+
+/// A line of the log was dropped, because its reader was slow.
+pub(crate) fn count_dropped_line() {
+    COUNTS.log_dropped.inc();
 }
 
 /// What one node shows.
@@ -175,6 +182,11 @@ impl Default for Exposition {
             "tool_changes",
             "Servers that listed tools otherwise than before, with nothing changed in their records",
             counts.tool_changes.clone(),
+        );
+        registry.register(
+            "log_dropped",
+            "Lines of the log that were dropped because their reader was slow",
+            counts.log_dropped.clone(),
         );
         Self { registry }
     }

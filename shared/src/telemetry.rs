@@ -1,6 +1,6 @@
 //! Logging: lines for people on a terminal, JSON elsewhere, always on standard error.
 
-use std::{any::Any, backtrace, io::IsTerminal, panic, thread};
+use std::{any::Any, backtrace, io::IsTerminal, panic, sync::OnceLock, thread, time::Duration};
 
 use tracing::{Level, Metadata};
 use tracing_subscriber::{
@@ -11,7 +11,10 @@ use tracing_subscriber::{
     util::SubscriberInitExt,
 };
 
+use self::lines::Lines;
 use crate::{config::LogFormat, error::shorten};
+
+mod lines;
 
 /// What stands in the log while nobody asks for more.
 const DEFAULT: &str = "info";
@@ -33,6 +36,12 @@ const OUTSPOKEN: [(&str, Level); 7] = [
 /// Characters of a panic's message that reach the log; it may hold somebody's data.
 const PANIC_MESSAGE: usize = 200;
 
+/// How long what was logged may take to be written when the program ends.
+const LAST_LINES: Duration = Duration::from_secs(1);
+
+/// Where the lines of this process are left.
+static LINES: OnceLock<Lines> = OnceLock::new();
+
 /// Why logging could not be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum TelemetryError {
@@ -42,6 +51,9 @@ pub enum TelemetryError {
     /// The process has set up logging before.
     #[error("logging is already set up")]
     AlreadySet(#[source] tracing_subscriber::util::TryInitError),
+    /// The thread that writes the log did not start.
+    #[error("the thread that writes the log did not start")]
+    Thread(#[source] std::io::Error),
 }
 
 /// Sets up logging for the whole process, once. Panics are logged from then on, by place and thread and with
@@ -50,7 +62,8 @@ pub fn init(format: LogFormat, debug: bool, filter: Option<&str>) -> Result<(), 
     let filter = EnvFilter::try_new(directives(debug, filter)).map_err(TelemetryError::Filter)?;
     let terminal = std::io::stderr().is_terminal();
     // The default time stamps are RFC 3339 in UTC.
-    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let out = Lines::to(std::io::stderr()).map_err(TelemetryError::Thread)?;
+    let lines = tracing_subscriber::fmt::layer().with_writer(out.clone());
     let pretty = match format {
         LogFormat::Auto => terminal,
         LogFormat::Pretty => true,
@@ -69,8 +82,19 @@ pub fn init(format: LogFormat, debug: bool, filter: Option<&str>) -> Result<(), 
         .with(filter)
         .try_init()
         .map_err(TelemetryError::AlreadySet)?;
-    panic::set_hook(Box::new(log_panic));
+    let _ = LINES.set(out);
+    panic::set_hook(Box::new(|info| {
+        log_panic(info);
+        flush();
+    }));
     Ok(())
+}
+
+/// Waits until everything that was logged so far has been written, for a second at most.
+pub fn flush() {
+    if let Some(lines) = LINES.get() {
+        lines.flush(LAST_LINES);
+    }
 }
 
 /// Whether something may stand in the log, whatever was asked for.
