@@ -27,6 +27,7 @@ use crate::{
     audit::{Trail, note_denied},
     body::Discarding,
     cors::Cors,
+    guard::Guard,
     problem::Problem,
 };
 
@@ -51,12 +52,12 @@ impl Allowed {
     /// `hosts`, `origins` and `cors` as configured. Loopback names are accepted in any case: requests that
     /// carry them come from this machine or from somebody who can write any header.
     pub fn new(hosts: Vec<String>, origins: Vec<String>, cors: Cors, listen: String) -> Self {
-        let mut hosts: Vec<_> = hosts.into_iter().map(|host| host.to_ascii_lowercase()).collect();
+        let mut hosts = hosts;
         match listen.parse::<IpAddr>() {
             // "All addresses" is an address to listen on, not one that an honest client asks for.
             Ok(address) if address.is_unspecified() => {}
             Ok(IpAddr::V6(address)) => hosts.push(format!("[{address}]")),
-            _ => hosts.push(listen.to_ascii_lowercase()),
+            _ => hosts.push(listen),
         }
         Self { hosts, origins, cors, audit: OnceLock::new() }
     }
@@ -73,24 +74,24 @@ impl Allowed {
         within_limits(request)?;
         let host = single(headers, &header::HOST)?;
         // A target may name the host as well (`GET http://host/path`), and then that is who is meant.
-        let target = request.uri().authority().map(|authority| authority.as_str().to_owned());
+        let target = request.uri().authority().map(|authority| authority.as_str());
         if host.is_none() && target.is_none() {
             return Err(Problem::invalid("The Host header is required"));
         }
         let probe = route.is_some_and(|route| PROBES.contains(&route));
-        if !probe && host.iter().chain(&target).any(|host| !self.host_allowed(host)) {
+        if !probe && host.into_iter().chain(target).any(|host| !self.host_allowed(host)) {
             return Err(Problem::new(
                 ErrorCode::HostNotAllowed,
                 "The Host header names a host that is not allowed",
             ));
         }
         if let (Some(host), Some(target)) = (host, target)
-            && !host.eq_ignore_ascii_case(&target)
+            && !host.eq_ignore_ascii_case(target)
         {
             return Err(Problem::invalid("The Host header and the address name two hosts"));
         }
         if let Some(origin) = single(headers, &header::ORIGIN)?
-            && !self.origin_allowed(&origin)
+            && !self.origin_allowed(origin)
         {
             return Err(Problem::new(
                 ErrorCode::OriginNotAllowed,
@@ -107,9 +108,10 @@ impl Allowed {
     }
 
     fn host_allowed(&self, host: &str) -> bool {
-        let host = host.to_ascii_lowercase();
-        let name = without_port(&host);
-        is_loopback(name) || self.hosts.iter().any(|allowed| *allowed == host || allowed == name)
+        let name = without_port(host);
+        let allowed =
+            |allowed: &String| allowed.eq_ignore_ascii_case(host) || allowed.eq_ignore_ascii_case(name);
+        is_loopback(name) || self.hosts.iter().any(allowed)
     }
 
     fn origin_allowed(&self, origin: &str) -> bool {
@@ -145,10 +147,11 @@ fn without_port(host: &str) -> &str {
 
 fn is_loopback(name: &str) -> bool {
     let name = name.trim_start_matches('[').trim_end_matches(']');
-    name == "localhost" || name.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+    name.eq_ignore_ascii_case("localhost")
+        || name.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
 }
 
-fn single(headers: &HeaderMap, name: &HeaderName) -> Result<Option<String>, Problem> {
+fn single<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Result<Option<&'a str>, Problem> {
     let mut values = headers.get_all(name).iter();
     let first = values.next();
     if values.next().is_some() {
@@ -156,14 +159,24 @@ fn single(headers: &HeaderMap, name: &HeaderName) -> Result<Option<String>, Prob
     }
     match first.map(HeaderValue::to_str) {
         None => Ok(None),
-        Some(Ok(value)) => Ok(Some(value.to_owned())),
+        Some(Ok(value)) => Ok(Some(value)),
         Some(Err(_)) => Err(Problem::invalid(format!("The {name} header is not valid"))),
     }
 }
 
-/// The outermost layer.
-pub async fn edge(State(allowed): State<Arc<Allowed>>, mut request: Request, next: Next) -> Response {
+/// What the layer goes by.
+pub struct Edge {
+    /// Whom requests may name.
+    pub allowed: Arc<Allowed>,
+    /// Who may come where; nobody asks while the program starts. It is no layer of its own, because each costs
+    /// every request some memory and time.
+    pub guard: Option<Guard>,
+}
+
+/// The layer around everything.
+pub async fn edge(State(edge): State<Arc<Edge>>, mut request: Request, next: Next) -> Response {
     let start = Instant::now();
+    let allowed = &edge.allowed;
     let route = request.extensions().get::<MatchedPath>().map(|path| path.as_str().to_owned());
     let method = request.method().clone();
     let reader = allowed.cors.reader(request.headers());
@@ -192,7 +205,7 @@ pub async fn edge(State(allowed): State<Arc<Allowed>>, mut request: Request, nex
             answer
         }
         Ok(Some(response)) => response,
-        Ok(None) => match AssertUnwindSafe(next.run(request)).catch_unwind().await {
+        Ok(None) => match AssertUnwindSafe(edge.run(request, next)).catch_unwind().await {
             Ok(mut response) => match response.extensions_mut().remove::<Problem>() {
                 Some(problem) => {
                     let code = problem.code();
@@ -244,6 +257,15 @@ pub async fn edge(State(allowed): State<Arc<Allowed>>, mut request: Request, nex
         "request"
     );
     response
+}
+
+impl Edge {
+    async fn run(&self, request: Request, next: Next) -> Response {
+        match &self.guard {
+            Some(guard) => guard.pass(request, next).await,
+            None => next.run(request).await,
+        }
+    }
 }
 
 fn request_id(headers: &HeaderMap) -> Result<RequestId, Problem> {

@@ -1,10 +1,10 @@
-//! The layer between the edge and the handlers: who is asking, and may they come here at all. What a route
+//! What stands between the edge and the handlers: who is asking, and may they come here at all. What a route
 //! needs stands in the table of routes; whatever is not in it needs a credential.
 
 use std::{collections::HashMap, sync::Arc};
 
 use axum::{
-    extract::{MatchedPath, Request, State},
+    extract::{MatchedPath, Request},
     middleware::Next,
     response::{IntoResponse, Response},
 };
@@ -35,7 +35,7 @@ impl Access {
     }
 }
 
-/// What the layer goes by.
+/// What it goes by.
 pub struct Guard {
     routes: HashMap<&'static str, Vec<(Method, Access)>>,
     authenticator: Arc<Authenticator>,
@@ -81,18 +81,20 @@ fn allowed(principal: Principal, scope: Scope) -> Result<Principal, Problem> {
     Ok(principal)
 }
 
-/// The layer.
-pub async fn guard(State(guard): State<Arc<Guard>>, request: Request, next: Next) -> Response {
-    // The body cannot be shared with whoever waits.
-    let (mut head, body) = request.into_parts();
-    match guard.admit(&head).await {
-        Ok(principal) => {
-            let principal = Arc::new(principal);
-            head.extensions.insert(Arc::clone(&principal));
-            let mut response = next.run(Request::from_parts(head, body)).await;
-            response.extensions_mut().insert(principal);
-            response
+impl Guard {
+    /// Lets a request through to its handler, or says why not.
+    pub async fn pass(&self, request: Request, next: Next) -> Response {
+        // The body cannot be shared with whoever waits.
+        let (mut head, body) = request.into_parts();
+        match self.admit(&head).await {
+            Ok(principal) => {
+                let principal = Arc::new(principal);
+                head.extensions.insert(Arc::clone(&principal));
+                let mut response = next.run(Request::from_parts(head, body)).await;
+                response.extensions_mut().insert(principal);
+                response
+            }
+            Err(problem) => problem.into_response(),
         }
-        Err(problem) => problem.into_response(),
     }
 }

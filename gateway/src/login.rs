@@ -1,7 +1,7 @@
 //! What all logins through a browser have in common: where the browser finds this program, the state that
 //! travels through it, the cookie that binds it, and the page at the end.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{cell::RefCell, collections::BTreeMap, sync::Arc};
 
 use axum::{
     extract::FromRequestParts,
@@ -84,15 +84,33 @@ impl FromRequestParts<Arc<App>> for Origin {
         }
         let target = parts.uri.authority().map(|authority| authority.as_str());
         let host = parts.headers.get(header::HOST).and_then(|host| host.to_str().ok());
-        let url = target.or(host).and_then(|host| {
-            let scheme = parts.extensions.get::<Scheme>().copied().unwrap_or_default().as_str();
-            let plain = Url::parse(&format!("{scheme}://{host}/")).ok();
-            // An IPv6 address that its sender put no brackets around.
-            plain.or_else(|| Url::parse(&format!("{scheme}://[{host}]/")).ok())
-        });
-        let plain = |url: &Url| url.path() == "/" && url.query().is_none() && url.username().is_empty();
-        url.filter(plain).map(Self).ok_or_else(|| Problem::invalid("The Host header is not valid"))
+        let scheme = parts.extensions.get::<Scheme>().copied().unwrap_or_default();
+        let url = target.or(host).and_then(|host| found_at(scheme, host));
+        url.map(Self).ok_or_else(|| Problem::invalid("The Host header is not valid"))
     }
+}
+
+/// The address under which a request found this program. Nearly all of them name the same one.
+fn found_at(scheme: Scheme, host: &str) -> Option<Url> {
+    thread_local! {
+        static LATEST: RefCell<Option<(Scheme, String, Url)>> = const { RefCell::new(None) };
+    }
+    LATEST.with_borrow_mut(|latest| {
+        if let Some((of, name, url)) = latest
+            && *of == scheme
+            && name == host
+        {
+            return Some(url.clone());
+        }
+        let plain = Url::parse(&format!("{}://{host}/", scheme.as_str())).ok();
+        // An IPv6 address that its sender put no brackets around.
+        let url = plain.or_else(|| Url::parse(&format!("{}://[{host}]/", scheme.as_str())).ok())?;
+        let plain = url.path() == "/" && url.query().is_none() && url.username().is_empty();
+        plain.then(|| {
+            *latest = Some((scheme, host.to_owned(), url.clone()));
+            url
+        })
+    })
 }
 
 impl Origin {

@@ -15,8 +15,8 @@ use mcp_shared::{
 
 use crate::{
     app::App,
-    edge::{Allowed, edge},
-    guard::{Access, Guard, guard},
+    edge::{Allowed, Edge, edge},
+    guard::{Access, Guard},
     problem::Problem,
     routes::{
         api_keys, auth, fleet, google, health, jobs, keys, metrics, oauth, packages, secrets, servers, tools,
@@ -36,7 +36,7 @@ pub fn starting(allowed: Arc<Allowed>) -> Router {
         .route("/healthz", get(health::healthz))
         .route("/mcp/tool/call", any(async move || Problem::from(problem()).not_started()))
         .fallback(async move || Problem::from(problem()))
-        .layer(from_fn_with_state(allowed, edge))
+        .layer(from_fn_with_state(Arc::new(Edge { allowed, guard: None }), edge))
 }
 
 /// A route: who may come, and who answers.
@@ -115,7 +115,7 @@ pub fn table() -> Vec<Route> {
 pub fn router(app: Arc<App>, allowed: Arc<Allowed>) -> Router {
     let table = table();
     let access = table.iter().map(|route| (route.path, route.method.clone(), route.access));
-    let guarded = Arc::new(Guard::new(access, Arc::clone(&app.authenticator)));
+    let guard = Guard::new(access, Arc::clone(&app.authenticator));
     let mut router = Router::new();
     for route in table {
         router = router.route(route.path, route.handler);
@@ -125,8 +125,7 @@ pub fn router(app: Arc<App>, allowed: Arc<Allowed>) -> Router {
         .method_not_allowed_fallback(async || {
             Problem::new(ErrorCode::MethodNotAllowed, "This route does not have that method")
         })
-        .layer(from_fn_with_state(guarded, guard))
-        .layer(from_fn_with_state(allowed, edge))
+        .layer(from_fn_with_state(Arc::new(Edge { allowed, guard: Some(guard) }), edge))
         .with_state(app)
 }
 

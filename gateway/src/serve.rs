@@ -144,7 +144,7 @@ pub async fn serve(
         // Between requests. Heads that have begun have less time: see `pace.rs`.
         .header_read_timeout(limits::IDLE_TIMEOUT)
         // More than is allowed: what is only a little too large gets a proper answer from the edge.
-        .max_headers(3 * limits::HEADER_COUNT)
+        .max_headers(2 * limits::HEADER_COUNT + 16)
         .max_buf_size(2 * (limits::HEAD_BYTES + limits::URI_BYTES));
     let (mut newest, mut burst): (Option<Instant>, usize) = (None, 0);
     let mut closing: Option<Instant> = None;
