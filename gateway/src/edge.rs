@@ -27,6 +27,7 @@ use crate::{
     audit::{Trail, note_denied},
     body::Discarding,
     cors::Cors,
+    meters,
     problem::Problem,
 };
 
@@ -215,7 +216,9 @@ pub async fn edge(State(allowed): State<Arc<Allowed>>, mut request: Request, nex
                 let error = WorkerError::internal("a handler panicked");
                 let error =
                     if route.as_deref() == Some(CALL) { error.outcome(Outcome::Unknown) } else { error };
-                Problem::from(error).into_answer(&id)
+                let mut answer = Problem::from(error).into_answer(&id);
+                answer.extensions_mut().insert(ErrorCode::Internal);
+                answer
             }
         },
     };
@@ -230,6 +233,8 @@ pub async fn edge(State(allowed): State<Arc<Allowed>>, mut request: Request, nex
         let call = route.as_deref() == Some(CALL);
         note_denied(audit, &id, (method.as_str(), route.as_deref()), call, &response);
     }
+    let (status, took) = (response.status(), start.elapsed());
+    meters::answered(&method, route.as_deref(), status, response.extensions().get().copied(), took);
     tracing::info!(
         target: "mcp_gateway::access",
         request_id = %id,
@@ -238,9 +243,9 @@ pub async fn edge(State(allowed): State<Arc<Allowed>>, mut request: Request, nex
         route = route.as_deref().unwrap_or("-"),
         // Who, as far as that was found out; never a credential.
         caller = response.extensions().get::<Arc<Principal>>().map(|caller| tracing::field::display(&caller.credential)),
-        status = response.status().as_u16(),
+        status = status.as_u16(),
         code = response.extensions().get::<ErrorCode>().map(|code| code.as_str()),
-        duration_ms = start.elapsed().as_secs_f64() * 1_000.0,
+        duration_ms = took.as_secs_f64() * 1_000.0,
         "request"
     );
     response

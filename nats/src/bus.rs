@@ -8,9 +8,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use async_nats::{Client, ConnectOptions, Event, Subscriber, connection::State};
+use async_nats::{Client, ConnectOptions, Event, Statistics, Subscriber, connection::State};
 use bytes::Bytes;
-use mcp_shared::{ids::WorkerId, metrics};
+use mcp_shared::{
+    ids::WorkerId,
+    metrics::{self, BusTrouble, Direction, Exposition, Metric},
+};
 use serde::Serialize;
 
 use crate::{caller::Now, subjects::Subjects, wire};
@@ -59,8 +62,11 @@ pub enum SendError {
 /// Gives what is sent a place among what waits to be written, or gives it up.
 async fn within(sent: impl Future<Output = Result<(), async_nats::PublishError>>) -> Result<(), SendError> {
     match tokio::time::timeout(SENDING, sent).await {
-        Ok(sent) => Ok(sent?),
-        Err(_) => Err(SendError::Full),
+        Ok(sent) => Ok(sent.inspect_err(|_| metrics::count_bus_trouble(BusTrouble::Publish))?),
+        Err(_) => {
+            metrics::count_bus_trouble(BusTrouble::Outbox);
+            Err(SendError::Full)
+        }
     }
 }
 
@@ -91,7 +97,10 @@ impl Bus {
                             metrics::count_bus_connection();
                             tracing::info!("connected to NATS");
                         }
-                        Event::Disconnected => tracing::warn!("the connection to NATS was lost"),
+                        Event::Disconnected => {
+                            metrics::count_bus_disconnection();
+                            tracing::warn!("the connection to NATS was lost");
+                        }
                         Event::SlowConsumer(_) => {
                             let lost = counter.fetch_add(1, Ordering::AcqRel) + 1;
                             metrics::count_slow_consumer();
@@ -104,13 +113,40 @@ impl Bus {
                                 );
                             }
                         }
-                        other => tracing::info!(event = %other, "NATS"),
+                        other => {
+                            match other {
+                                Event::ServerError(_) => metrics::count_bus_trouble(BusTrouble::Server),
+                                Event::ClientError(_) => metrics::count_bus_trouble(BusTrouble::Client),
+                                _ => {}
+                            }
+                            tracing::info!(event = %other, "NATS");
+                        }
                     }
                 }
             })
             .connect(servers)
             .await?;
         Ok(Self { client, subjects, node, start: Instant::now(), lost, inbox })
+    }
+
+    /// Shows what went over the connection.
+    pub(crate) fn show(&self, metrics: &Exposition) {
+        let show = |metric, read: fn(&Statistics, Direction) -> u64| {
+            let statistics = self.client.statistics();
+            metrics.show_all(metric, move |samples| {
+                for direction in Direction::ALL {
+                    samples.count(&[("direction", direction.as_str())], read(&statistics, *direction));
+                }
+            });
+        };
+        show(Metric::BusMessages, |statistics, direction| match direction {
+            Direction::In => statistics.in_messages.load(Ordering::Relaxed),
+            Direction::Out => statistics.out_messages.load(Ordering::Relaxed),
+        });
+        show(Metric::BusPayload, |statistics, direction| match direction {
+            Direction::In => statistics.in_bytes.load(Ordering::Relaxed),
+            Direction::Out => statistics.out_bytes.load(Ordering::Relaxed),
+        });
     }
 
     /// This node.

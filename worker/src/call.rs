@@ -11,6 +11,7 @@ use mcp_shared::{
     ids::UserId,
     json::RawJson,
     limits,
+    metrics::{Carrier, Stage},
     worker_api::CallEvent,
 };
 use tokio::{
@@ -27,6 +28,7 @@ use crate::{
     idempotency::{self, Begun},
     leases::no_worker,
     logs::Known,
+    meters,
     registry::Entry,
     secrets,
     transport::{RpcError, connection::Failure},
@@ -72,6 +74,7 @@ impl Call {
     /// looked after by another task, which keeps the slot until then.
     pub async fn run(self, mut go: Go) -> Result<RawJson, WorkerError> {
         let ended = self.run_named(&mut go).await;
+        meters::call_ended(&ended);
         // Only now: a call that has a name has given it back, so that another worker can take it.
         if let (Err(error), true, Some(held)) = (&ended, go.unable, go.held.take()) {
             let _ = held.send(Err(Refusal::Busy { error: error.clone() }));
@@ -164,6 +167,8 @@ impl Call {
 
     async fn attempt(&self, go: &mut Go, given: &mut Option<RawJson>) -> Result<RawJson, Attempt> {
         let group = self.entry.group(&self.user, &self.host)?;
+        let carrier = Carrier::of(current(&self.entry.record).is_remote());
+        let waiting = meters::stage(Stage::Queue, carrier);
         let slot = tokio::select! {
             slot = group.slot(self.deadline) => slot.map_err(|no_slot| match no_slot {
                 NoSlot::Retired => Attempt::Replaced,
@@ -176,6 +181,7 @@ impl Call {
             })?,
             () = self.cancelled.cancelled() => return Err(cancelled(Outcome::NotStarted).into()),
         };
+        drop(waiting);
         self.check_lease(&group)?;
         if let Some(held) = go.held.take() {
             // Who does not care for the slot has sent the arguments already.
@@ -183,7 +189,10 @@ impl Call {
         }
         let arguments = match given {
             Some(arguments) => arguments,
-            None => given.insert(self.wait_for_arguments(go).await?),
+            None => {
+                let _handshake = meters::stage(Stage::Handshake, carrier);
+                given.insert(self.wait_for_arguments(go).await?)
+            }
         };
         let instance = Arc::clone(&slot.instance);
         instance.expect_until(self.deadline);
@@ -192,7 +201,9 @@ impl Call {
             return Err(Attempt::Again);
         }
         let prepared = async {
+            let opening = meters::stage(Stage::Secrets, carrier);
             let Arguments { merged, known } = self.with_secrets(arguments, &group).await?;
+            drop(opening);
             let arguments = merged.as_deref().map_or(arguments.as_bytes(), Vec::as_slice);
             let progress = self.offer.progress.then(|| self.events.clone());
             let tool = self.offer.tool.as_str();
@@ -209,6 +220,7 @@ impl Call {
             },
             () = self.cancelled.cancelled() => return Err(cancelled(Outcome::NotStarted).into()),
         };
+        let working = meters::stage(Stage::Server, carrier);
         let given_up = tokio::select! {
             answer = timeout_at(self.deadline, in_flight.answer()) => match answer {
                 Ok(answer) => return self.conclude(answer, &group, instance.is_stopping()),
@@ -217,6 +229,7 @@ impl Call {
             // Whoever named the call will come back for what came of it.
             () = self.cancelled.cancelled(), if self.offer.idempotency.is_none() => "client",
         };
+        drop(working);
         let outcome = if in_flight.cancel(given_up) { Outcome::Unknown } else { Outcome::NotStarted };
         if outcome == Outcome::Unknown {
             // The slot stays taken until the server is done with the call, or has had time enough.
