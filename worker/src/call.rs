@@ -28,7 +28,7 @@ use crate::{
     idempotency::{self, Begun},
     leases::no_worker,
     logs::Known,
-    meters,
+    meters::{self, Stages},
     registry::Entry,
     secrets,
     transport::{RpcError, connection::Failure},
@@ -168,7 +168,7 @@ impl Call {
     async fn attempt(&self, go: &mut Go, given: &mut Option<RawJson>) -> Result<RawJson, Attempt> {
         let group = self.entry.group(&self.user, &self.host)?;
         let carrier = Carrier::of(current(&self.entry.record).is_remote());
-        let waiting = meters::stage(Stage::Queue, carrier);
+        let mut stages = Stages::begin(Stage::Queue, carrier);
         let slot = tokio::select! {
             slot = group.slot(self.deadline) => slot.map_err(|no_slot| match no_slot {
                 NoSlot::Retired => Attempt::Replaced,
@@ -181,7 +181,7 @@ impl Call {
             })?,
             () = self.cancelled.cancelled() => return Err(cancelled(Outcome::NotStarted).into()),
         };
-        drop(waiting);
+        stages.enter(Stage::Handshake);
         self.check_lease(&group)?;
         if let Some(held) = go.held.take() {
             // Who does not care for the slot has sent the arguments already.
@@ -189,10 +189,7 @@ impl Call {
         }
         let arguments = match given {
             Some(arguments) => arguments,
-            None => {
-                let _handshake = meters::stage(Stage::Handshake, carrier);
-                given.insert(self.wait_for_arguments(go).await?)
-            }
+            None => given.insert(self.wait_for_arguments(go).await?),
         };
         let instance = Arc::clone(&slot.instance);
         instance.expect_until(self.deadline);
@@ -200,10 +197,10 @@ impl Call {
         if slot.instance.is_leaving() {
             return Err(Attempt::Again);
         }
+        stages.enter(Stage::Secrets);
         let prepared = async {
-            let opening = meters::stage(Stage::Secrets, carrier);
             let Arguments { merged, known } = self.with_secrets(arguments, &group).await?;
-            drop(opening);
+            stages.enter(Stage::Server);
             let arguments = merged.as_deref().map_or(arguments.as_bytes(), Vec::as_slice);
             let progress = self.offer.progress.then(|| self.events.clone());
             let tool = self.offer.tool.as_str();
@@ -220,7 +217,6 @@ impl Call {
             },
             () = self.cancelled.cancelled() => return Err(cancelled(Outcome::NotStarted).into()),
         };
-        let working = meters::stage(Stage::Server, carrier);
         let given_up = tokio::select! {
             answer = timeout_at(self.deadline, in_flight.answer()) => match answer {
                 Ok(answer) => return self.conclude(answer, &group, instance.is_stopping()),
@@ -229,7 +225,6 @@ impl Call {
             // Whoever named the call will come back for what came of it.
             () = self.cancelled.cancelled(), if self.offer.idempotency.is_none() => "client",
         };
-        drop(working);
         let outcome = if in_flight.cancel(given_up) { Outcome::Unknown } else { Outcome::NotStarted };
         if outcome == Outcome::Unknown {
             // The slot stays taken until the server is done with the call, or has had time enough.

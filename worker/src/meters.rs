@@ -1,8 +1,11 @@
 //! What a worker counts, and what it shows of how busy it is.
 
-use std::sync::{
-    Arc, Weak,
-    atomic::{AtomicU64, Ordering::Relaxed},
+use std::{
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::Instant,
 };
 
 use mcp_shared::{
@@ -41,9 +44,33 @@ pub fn call_ended(result: &Result<RawJson, WorkerError>) {
     }
 }
 
-/// Measures a stage of a call, until it is dropped.
-pub fn stage(stage: Stage, carrier: Carrier) -> Timer<'static> {
-    STAGES[carrier.index()].of(stage).timer()
+/// Measures the stages of a call, one after the other: the end of each is the beginning of the next, so that the clock is
+/// read once for both. The last one ends when this is dropped, however that comes about.
+#[must_use = "it measures as long as it is held"]
+pub struct Stages {
+    carrier: Carrier,
+    stage: Stage,
+    since: Instant,
+}
+
+impl Stages {
+    /// Begins with a stage.
+    pub fn begin(stage: Stage, carrier: Carrier) -> Self {
+        Self { carrier, stage, since: Instant::now() }
+    }
+
+    /// Goes on with another.
+    pub fn enter(&mut self, stage: Stage) {
+        let now = Instant::now();
+        STAGES[self.carrier.index()].of(self.stage).time(now - self.since);
+        (self.stage, self.since) = (stage, now);
+    }
+}
+
+impl Drop for Stages {
+    fn drop(&mut self) {
+        STAGES[self.carrier.index()].of(self.stage).time(self.since.elapsed());
+    }
 }
 
 /// Measures a start, until it is dropped.
