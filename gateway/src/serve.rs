@@ -116,6 +116,10 @@ impl Door {
         let (most, room) = (self.most, Arc::clone(&self.room));
         metrics.show_count(Metric::GatewayConnections, move || most - room.available_permits());
         metrics.show_count(Metric::GatewayConnectionsLimit, move || most);
+        if let Some(tls) = self.tls.clone() {
+            let ends = move || tls.ends().map_or(0.0, |ends| ends.millis() as f64 / 1e3);
+            metrics.show(Metric::CertificateEnd, ends);
+        }
     }
 }
 

@@ -4,9 +4,9 @@
 //! place is known. What is true at a moment, such as calls in flight, is read when somebody asks. No label has a user's, a
 //! server's or a tool's name: what names can be is not bounded. [`Metric`] is the table of all.
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering::Relaxed};
 
-use crate::{crypter::CryptoErrorKind, store::StoreError};
+use crate::{audit::Event, crypter::CryptoErrorKind, store::StoreError};
 
 mod exposition;
 pub mod instruments;
@@ -17,8 +17,8 @@ mod table;
 pub use exposition::{CONTENT_TYPE, Exposition, Samples};
 pub use instruments::{Count, Counts, Histogram, Histograms, Running, Timer};
 pub use labels::{
-    BusTrouble, CallEnd, Carrier, Direction, Gone, JobEnd, JobWork, Limit, Pooled, Reply, Stage, Started,
-    Status, StatusClass, StoreEnd, StoreWork,
+    BusTrouble, CallEnd, Carrier, Direction, Gone, JobEnd, JobWork, Limit, Pooled, Refreshed, Reply,
+    SecretSource, Stage, Started, Status, StatusClass, StoreEnd, StoreWork,
 };
 pub use table::{Closed, Kind, Label, Metric, Nodes, markdown_labels, markdown_table};
 
@@ -28,6 +28,9 @@ static PROGRESS_DROPPED: Count = Count::new();
 static TOOL_CHANGES: Count = Count::new();
 static AUDIT_DROPPED: Count = Count::new();
 static AUDIT_FAILURES: Count = Count::new();
+static AUDIT_LINES: Counts<Event, 4> = Counts::new();
+static WORKERS_LOST: Count = Count::new();
+static LEASES_LOST: Count = Count::new();
 static SLOW_CONSUMERS: Count = Count::new();
 static BUS_CONNECTIONS: Count = Count::new();
 static BUS_DISCONNECTIONS: Count = Count::new();
@@ -38,8 +41,8 @@ static STORE_TIMES: Histograms<StoreWork, { StoreWork::ALL.len() }> = Histograms
 static STORE_RUNNING: AtomicU64 = AtomicU64::new(0);
 static STORE_POOL: StorePool = StorePool {
     limit: AtomicU64::new(0),
-    open: AtomicU64::new(0),
-    in_use: AtomicU64::new(0),
+    open: AtomicI64::new(0),
+    in_use: AtomicI64::new(0),
     failures: Count::new(),
 };
 
@@ -88,6 +91,21 @@ pub fn count_audit_failure() {
     AUDIT_FAILURES.add(1);
 }
 
+/// A line of the audit log was written.
+pub fn count_audit_line(event: Event) {
+    AUDIT_LINES.one(event);
+}
+
+/// A worker that had calls of this node was taken for lost.
+pub fn count_lost_worker() {
+    WORKERS_LOST.add(1);
+}
+
+/// This worker lost its own lease.
+pub fn count_lost_lease() {
+    LEASES_LOST.add(1);
+}
+
 /// A server listed tools otherwise than before, with nothing changed in its record.
 pub fn count_tool_change() {
     TOOL_CHANGES.add(1);
@@ -108,8 +126,8 @@ pub(crate) async fn of_store<T>(
 /// The connections of a store that has some.
 pub(crate) struct StorePool {
     limit: AtomicU64,
-    open: AtomicU64,
-    in_use: AtomicU64,
+    open: AtomicI64,
+    in_use: AtomicI64,
     failures: Count,
 }
 
@@ -161,6 +179,9 @@ impl Default for Exposition {
         count(Metric::ToolChanges, &TOOL_CHANGES);
         count(Metric::AuditDropped, &AUDIT_DROPPED);
         count(Metric::AuditFailures, &AUDIT_FAILURES);
+        count(Metric::WorkersLost, &WORKERS_LOST);
+        count(Metric::LeasesLost, &LEASES_LOST);
+        shown.show_counts(Metric::AuditLines, "event", &AUDIT_LINES);
         count(Metric::SlowConsumers, &SLOW_CONSUMERS);
         count(Metric::BusConnections, &BUS_CONNECTIONS);
         count(Metric::BusDisconnections, &BUS_DISCONNECTIONS);
@@ -185,10 +206,10 @@ impl Default for Exposition {
         shown.show(Metric::StoreRunning, move || load(&STORE_RUNNING));
         shown.show(Metric::StoreConnectionsLimit, move || load(&STORE_POOL.limit));
         shown.show_all(Metric::StoreConnections, move |samples| {
-            let (open, in_use) = (load(&STORE_POOL.open), load(&STORE_POOL.in_use));
+            let (open, in_use) = (STORE_POOL.open.load(Relaxed), STORE_POOL.in_use.load(Relaxed).max(0));
             // The two are read one after the other.
-            samples.value(&[("state", Pooled::Idle.as_str())], (open - in_use).max(0.0));
-            samples.value(&[("state", Pooled::InUse.as_str())], in_use);
+            samples.value(&[("state", Pooled::Idle.as_str())], (open - in_use).max(0) as f64);
+            samples.value(&[("state", Pooled::InUse.as_str())], in_use as f64);
         });
         process::show(&shown);
         shown

@@ -108,6 +108,7 @@ impl Call {
         }
         self.wait_for_arguments(go).await?;
         let _ = self.events.try_send(CallEvent::Replayed);
+        meters::replayed();
         ended
     }
 
@@ -231,6 +232,7 @@ impl Call {
             self.host.tasks.spawn(async move {
                 if timeout(limits::CANCEL_GRACE, in_flight.answer()).await.is_err() {
                     slot.instance.ignored_cancels.fetch_add(1, Ordering::AcqRel);
+                    meters::cancel_ignored();
                 }
                 drop((slot, busy, known));
             });

@@ -13,8 +13,8 @@ use mcp_shared::{
     fleet::ServerLoad,
     json::RawJson,
     metrics::{
-        CallEnd, Carrier, Closed, Counts, Exposition, Gone, Histograms, JobEnd, JobWork, Metric, Running,
-        Stage, Started, Status, Timer, instruments,
+        CallEnd, Carrier, Closed, Count, Counts, Exposition, Gone, Histograms, JobEnd, JobWork, Metric,
+        Refreshed, Running, SecretSource, Stage, Started, Status, Timer, instruments,
     },
 };
 
@@ -27,6 +27,10 @@ static STAGES: [Histograms<Stage, { Stage::ALL.len() }>; Carrier::ALL.len()] =
 static STARTS: [Counts<Started, { Started::ALL.len() }>; Carrier::ALL.len()] =
     [const { Counts::new() }; Carrier::ALL.len()];
 static START_TIMES: Histograms<Carrier, { Carrier::ALL.len() }> = Histograms::new(instruments::SLOW);
+static REPLAYED: Count = Count::new();
+static CANCELS_IGNORED: Count = Count::new();
+static SECRET_READS: Counts<SecretSource, { SecretSource::ALL.len() }> = Counts::new();
+static REFRESHES: Counts<Refreshed, { Refreshed::ALL.len() }> = Counts::new();
 static EXITS: Counts<Gone, { Gone::ALL.len() }> = Counts::new();
 static JOBS: [Counts<JobEnd, { JobEnd::ALL.len() }>; JobWork::ALL.len()] =
     [const { Counts::new() }; JobWork::ALL.len()];
@@ -76,6 +80,26 @@ impl Drop for Stages {
 /// Measures a start, until it is dropped.
 pub fn start(carrier: Carrier) -> Timer<'static> {
     START_TIMES.of(carrier).timer()
+}
+
+/// A call was answered with what came of it before.
+pub fn replayed() {
+    REPLAYED.add(1);
+}
+
+/// A call that was cancelled was not given up in time.
+pub fn cancel_ignored() {
+    CANCELS_IGNORED.add(1);
+}
+
+/// A user's secrets were looked at.
+pub fn secrets_from(source: SecretSource) {
+    SECRET_READS.one(source);
+}
+
+/// A user's tokens were to be refreshed.
+pub fn refreshed(result: Refreshed) {
+    REFRESHES.one(result);
 }
 
 /// A start is over.
@@ -170,6 +194,10 @@ fn show_counts(metrics: &Exposition) {
     metrics.show_counts(Metric::ServerCalls, "outcome", &ENDS);
     metrics.show_counts(Metric::ServerErrors, "code", &ERRORS);
     metrics.show_counts(Metric::ServerExits, "reason", &EXITS);
+    metrics.show_counts(Metric::SecretReads, "source", &SECRET_READS);
+    metrics.show_counts(Metric::TokenRefreshes, "result", &REFRESHES);
+    metrics.show_all(Metric::Replayed, |samples| samples.count(&[], REPLAYED.get()));
+    metrics.show_all(Metric::CancelsIgnored, |samples| samples.count(&[], CANCELS_IGNORED.get()));
     metrics.show_all(Metric::StageDuration, |samples| {
         for (carrier, stages) in Carrier::ALL.iter().zip(&STAGES) {
             for stage in Stage::ALL {

@@ -1,12 +1,9 @@
 //! What `/metrics` shows: all of the table and nothing else, bounded whatever callers say; and that it moves by the right
-//! numbers. Dashboard and alerts use nothing that is not there.
+//! numbers.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    path::Path,
-};
+use std::collections::{BTreeMap, BTreeSet};
 
-use mcp_shared::metrics::{Closed, Kind, Metric, Nodes, StatusClass};
+use mcp_shared::metrics::{Closed, Metric, Nodes, StatusClass};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -15,9 +12,12 @@ use reqwest::{Method, header};
 use serde_json::{Value, json};
 
 use crate::{
-    deployment::{Answer, Deployment, Node, eventually},
+    deployment::{Answer, Builder, Deployment, Node, client, eventually, tls_file},
     remote,
 };
+
+#[path = "metrics/observability.rs"]
+mod observability;
 
 /// Gateways of a deployment. Each has limits of its own, and gets every so many-th request.
 const GATEWAYS: usize = if crate::CLUSTER { 2 } else { 1 };
@@ -39,7 +39,7 @@ struct Shown {
 
 impl Shown {
     async fn by(api: &Deployment, node: &Node) -> Self {
-        let answer = api.send(reqwest::Client::new().get(format!("{}/metrics", node.base))).await.ok();
+        let answer = api.send(client().get(format!("{}/metrics", node.base))).await.ok();
         let (mut kinds, mut samples) = (BTreeMap::new(), Vec::new());
         assert!(answer.text.ends_with("# EOF\n"), "{}", answer.text);
         for line in answer.text.lines() {
@@ -103,10 +103,19 @@ fn expected(is_gateway: bool, is_worker: bool) -> BTreeSet<Metric> {
     Metric::ALL.iter().filter(shows).copied().collect()
 }
 
+/// With whatever a metric is shown of only where it is set.
+fn with_all_settings() -> Builder {
+    let path = |name| tls_file(name).to_str().unwrap().to_owned();
+    Deployment::builder()
+        .env("USER_MAX_CALLS", "100")
+        .env("USER_MAX_RATE", "1000")
+        .env("TLS_CERT_FILE", path("localhost.pem"))
+        .env("TLS_KEY_FILE", path("localhost.key"))
+}
+
 #[tokio::test]
 async fn every_node_shows_what_the_table_says_and_nothing_else() {
-    let limits = Deployment::builder().env("USER_MAX_CALLS", "100").env("USER_MAX_RATE", "1000");
-    let api = limits.start().await;
+    let api = with_all_settings().start().await;
     let routes = routes();
     let gateways = api.gateways().into_iter().map(|node| (node, true, !crate::CLUSTER));
     let workers = api.workers().into_iter().map(|node| (node, false, true));
@@ -308,6 +317,7 @@ async fn what_becomes_of_calls_is_counted() {
     }
     moves(&api, &before, "mcp_call_stage_duration_seconds_count{stage=server,transport=stdio}", came).await;
     assert_eq!(moved("mcp_call_stage_duration_seconds_count{stage=queue,transport=http}"), 0);
+    let after = Sums::of(&api).await;
     let late = after.since(&before, "mcp_call_stage_duration_seconds_sum{stage=server,transport=stdio}");
     assert!((0.2..5.0).contains(&late), "the call that was too late took {late} s");
 
@@ -374,6 +384,30 @@ async fn starts_and_ends_of_servers_are_counted_by_their_reasons() {
 }
 
 #[tokio::test]
+async fn where_secrets_come_from_and_calls_that_were_made_before_are_counted() {
+    let api = Deployment::builder().workers(1).start().await;
+    api.add_fixture("echo", &["--more"], json!({})).await;
+    api.set_secret("alice", "echo", "KEY", "value").await.ok();
+    let before = Sums::of(&api).await;
+    let from = |source: &str| format!("mcp_secret_reads_total{{source={source}}}");
+    for _ in 0..3 {
+        api.call_as("alice", "echo", "args", json!({})).await.ok();
+    }
+    let now = Sums::of(&api).await;
+    assert_eq!([now.since(&before, &from("store")), now.since(&before, &from("memory"))], [1.0, 2.0]);
+    let body = json!({"serverName": "echo", "methodName": "count", "args": {}});
+    let mut said = Vec::new();
+    for _ in 0..2 {
+        let named = api.request(Method::POST, "/mcp/tool/call").header("Idempotency-Key", "one");
+        said.push(api.send(named.json(&body)).await.tool_text());
+    }
+    assert_eq!(said[0], said[1]);
+    let now = Sums::of(&api).await;
+    assert_eq!(now.since(&before, "mcp_calls_replayed_total"), 1.0);
+    assert_eq!(now.since(&before, "mcp_calls_total{outcome=ok}"), 5.0);
+}
+
+#[tokio::test]
 async fn store_and_bus_are_counted() {
     let api = Deployment::start().await;
     let before = Sums::of(&api).await;
@@ -403,150 +437,14 @@ async fn store_and_bus_are_counted() {
         assert!((1.0..=4.0 * 32.0).contains(&connections), "{connections}");
         assert_eq!(now.get("mcp_store_connections_limit"), 4.0 * 32.0);
     }
+    // What happened before it was looked at for the first time was the start of each node's own log.
+    let (was, is) =
+        (before.get("mcp_audit_lines_total{event=noted}"), now.get("mcp_audit_lines_total{event=noted}"));
+    assert!(was >= GATEWAYS as f64 && is == was, "{was} {is}");
+    for event in ["allowed", "done"] {
+        moves(&api, &before, &format!("mcp_audit_lines_total{{event={event}}}"), 2).await;
+    }
     assert!(now.get("process_resident_memory_bytes") > 1e6);
     assert!(now.get("process_open_fds") > 5.0 && now.get("mcp_runtime_tasks") > 1.0);
     assert!(now.since(&before, "mcp_runtime_busy_seconds_total") > 0.0);
-}
-
-/// A metric that an expression uses, with what it wants of the labels.
-#[derive(Debug)]
-struct Use {
-    name: String,
-    /// Names, and the values that one of them has to have.
-    wanted: Vec<(String, Vec<String>)>,
-}
-
-/// What an expression of PromQL uses, and the labels by which it groups.
-fn uses(expression: &str) -> (Vec<Use>, Vec<String>) {
-    let (mut uses, mut groups) = (Vec::new(), Vec::new());
-    let mut rest = expression;
-    while let Some(first) = rest.chars().next() {
-        if first == '"' {
-            rest = rest[1..].split_once('"').unwrap().1;
-            continue;
-        }
-        let end =
-            rest.find(|c: char| !c.is_ascii_alphanumeric() && c != '_' && c != ':').unwrap_or(rest.len());
-        if end == 0 {
-            rest = &rest[first.len_utf8()..];
-            continue;
-        }
-        let (word, after) = rest.split_at(end);
-        rest = after;
-        if ["by", "without", "on", "ignoring"].contains(&word) {
-            let (labels, after) = rest.trim_start().strip_prefix('(').unwrap().split_once(')').unwrap();
-            groups.extend(labels.split(',').map(|label| label.trim().to_owned()));
-            rest = after;
-        } else if word.starts_with("mcp_") || word.starts_with("process_") {
-            let mut wanted = Vec::new();
-            if let Some(mut inside) = rest.strip_prefix('{') {
-                while !inside.starts_with('}') {
-                    let (label, value) = inside.split_once('"').unwrap();
-                    let (value, after) = value.split_once('"').unwrap();
-                    let values = value.split('|').map(str::to_owned).collect();
-                    wanted.push((label.trim_end_matches(['=', '~', '!']).to_owned(), values));
-                    inside = after.trim_start_matches(',');
-                }
-                rest = &inside[1..];
-            }
-            uses.push(Use { name: word.to_owned(), wanted });
-        }
-    }
-    (uses, groups)
-}
-
-/// Asserts that an expression uses what is shown.
-fn check(expression: &str, shown: &[Shown], used: &mut BTreeSet<String>) {
-    // Those that Prometheus adds.
-    let added = ["instance", "job"];
-    let (uses, groups) = uses(expression);
-    let mut labels: BTreeSet<&str> = added.into();
-    for Use { name, wanted } in &uses {
-        used.insert(name.clone());
-        let samples: Vec<_> =
-            shown.iter().flat_map(|shown| &shown.samples).filter(|sample| sample.name == *name).collect();
-        assert!(!samples.is_empty(), "no node shows {name}: {expression}");
-        labels.extend(samples[0].labels.keys().map(String::as_str));
-        for (label, values) in wanted.iter().filter(|(label, _)| !added.contains(&label.as_str())) {
-            for value in values {
-                let is_there = samples.iter().any(|sample| sample.labels.get(label) == Some(value));
-                assert!(is_there, "{name} never has {label}={value}: {expression}");
-            }
-        }
-    }
-    for group in groups {
-        assert!(labels.contains(group.as_str()), "nothing has a label {group}: {expression}");
-    }
-}
-
-/// Every member of that name, wherever it stands.
-fn members<'a>(document: &'a Value, name: &str, found: &mut Vec<&'a str>) {
-    match document {
-        Value::Array(items) => items.iter().for_each(|item| members(item, name, found)),
-        Value::Object(fields) => {
-            for (key, value) in fields {
-                match value {
-                    Value::String(text) if key == name => found.push(text),
-                    value => members(value, name, found),
-                }
-            }
-        }
-        _ => {}
-    }
-}
-
-#[tokio::test]
-async fn dashboard_and_alerts_use_what_is_there() {
-    let api = Deployment::builder().workers(1).start().await;
-    let mut shown = Shown::all(&api).await;
-    if !crate::CLUSTER {
-        // A program alone has no bus. Its name and labels stand in the table.
-        for metric in Metric::ALL.iter().filter(|metric| metric.nodes() == Nodes::Cluster) {
-            let label = metric.labels().first().copied();
-            let values = label.and_then(|label| label.values).map(|values| values()).unwrap_or_default();
-            let values = if values.is_empty() { vec![None] } else { values.into_iter().map(Some).collect() };
-            for value in values {
-                let labels =
-                    label.iter().map(|label| (label.name.to_owned(), value.unwrap().to_owned())).collect();
-                shown[0].samples.push(Sample { name: metric.name(), labels, value: 0.0 });
-            }
-        }
-    }
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../compose/observability");
-    let read = |name: &str| std::fs::read_to_string(folder.join(name)).unwrap();
-
-    let dashboard: Value = serde_json::from_str(&read("dashboard.json")).unwrap();
-    let (mut expressions, mut on_dashboard) = (Vec::new(), BTreeSet::new());
-    members(&dashboard, "expr", &mut expressions);
-    assert!(expressions.len() > 50, "{}", expressions.len());
-    for expression in expressions {
-        check(expression, &shown, &mut on_dashboard);
-    }
-    // What is counted can be seen. Limits of one user and of files are lines of no panel.
-    let unseen =
-        [Metric::UserCallsLimit, Metric::UserRateLimit, Metric::ServerQueueLimit, Metric::ProcessFilesLimit];
-    for metric in Metric::ALL.iter().filter(|metric| !unseen.contains(metric)) {
-        let seen = metric.series().iter().any(|name| on_dashboard.contains(name));
-        assert!(seen, "{} is in no panel", metric.name());
-        assert!(metric.kind() != Kind::Histogram || on_dashboard.contains(&metric.series()[0]));
-    }
-
-    let rules = read("alerts.yaml");
-    let (mut names, mut in_alerts) = (BTreeSet::new(), BTreeSet::new());
-    for rule in rules.split("      - alert: ").skip(1) {
-        let field = |name: &str| {
-            let line = rule.lines().find_map(|line| line.trim().strip_prefix(name)?.strip_prefix(": "));
-            line.unwrap_or_else(|| panic!("an alert has no {name}: {rule}"))
-        };
-        let name = rule.lines().next().unwrap();
-        assert!(names.insert(name), "{name} is there twice");
-        for text in ["for", "summary", "description", "runbook"] {
-            assert!(!field(text).is_empty());
-        }
-        assert!(["critical", "warning", "info"].contains(&field("severity")), "{name}");
-        let expression = field("expr").trim_matches('\'').replace("''", "'");
-        check(&expression, &shown, &mut in_alerts);
-    }
-    assert!(names.len() >= 15 && in_alerts.len() >= 15, "{names:?}");
-    assert!(read("prometheus.yaml").contains("- alerts.yaml"));
 }

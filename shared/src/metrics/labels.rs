@@ -3,6 +3,7 @@
 
 use super::table::Closed;
 use crate::{
+    audit::Event,
     crypter::CryptoErrorKind,
     error::{ErrorCode, Outcome, WorkerError},
     json::RawJson,
@@ -59,6 +60,25 @@ impl Closed for ErrorCode {
 
     fn text(self) -> &'static str {
         self.as_str()
+    }
+}
+
+impl Closed for Event {
+    fn all() -> &'static [Self] {
+        &[Event::Allowed, Event::Denied, Event::Done, Event::Noted]
+    }
+
+    fn index(self) -> usize {
+        self as usize
+    }
+
+    fn text(self) -> &'static str {
+        match self {
+            Event::Allowed => "allowed",
+            Event::Denied => "denied",
+            Event::Done => "done",
+            Event::Noted => "noted",
+        }
     }
 }
 
@@ -158,6 +178,24 @@ closed! {
         Handshake = "handshake", "It has a slot, and waits for its gateway to say GO and send the arguments.";
         Secrets = "secrets", "Its user's secrets are read, decrypted and merged into the arguments.";
         Server = "server", "The server has it.";
+    }
+}
+
+closed! {
+    /// Where a user's secrets for a call came from.
+    SecretSource {
+        Memory = "memory", "They were read before.";
+        Store = "store", "They were read now.";
+        Doubtful = "doubtful", "They were read before and may have changed since, and the store does not answer.";
+    }
+}
+
+closed! {
+    /// What came of refreshing a user's tokens for a remote server.
+    Refreshed {
+        Ok = "ok", "There are new ones.";
+        LoginNeeded = "login_needed", "The user has to log in again.";
+        Failed = "failed", "The authorization server could not be asked, or gave no answer that counts.";
     }
 }
 

@@ -4,10 +4,10 @@
 use prometheus_client::{metrics::MetricType, registry::Unit};
 
 use super::labels::{
-    BusTrouble, CallEnd, Carrier, Direction, Gone, JobEnd, JobWork, Limit, Pooled, Reply, Stage, Started,
-    Status, StatusClass, StoreEnd, StoreWork,
+    BusTrouble, CallEnd, Carrier, Direction, Gone, JobEnd, JobWork, Limit, Pooled, Refreshed, Reply,
+    SecretSource, Stage, Started, Status, StatusClass, StoreEnd, StoreWork,
 };
-use crate::{crypter::CryptoErrorKind, error::ErrorCode};
+use crate::{audit::Event, crypter::CryptoErrorKind, error::ErrorCode};
 
 /// A label's values: a closed set.
 pub trait Closed: Copy + 'static {
@@ -53,7 +53,7 @@ impl Kind {
 pub enum Nodes {
     /// Gateways.
     Gateways,
-    /// Gateways, where there is such a limit.
+    /// Gateways, where there is such a setting.
     GatewaysIfSet,
     /// Workers.
     Workers,
@@ -68,7 +68,7 @@ impl Nodes {
     pub fn as_str(self) -> &'static str {
         match self {
             Nodes::Gateways => "gateways",
-            Nodes::GatewaysIfSet => "gateways, where there is a limit",
+            Nodes::GatewaysIfSet => "gateways, where it is set",
             Nodes::Workers => "workers",
             Nodes::All => "all",
             Nodes::Cluster => "all of a cluster",
@@ -157,6 +157,7 @@ metrics! {
     GatewayBodyLimit = "mcp_gateway_body_limit", Gauge, BYTES, [], Gateways, "Bytes of request bodies that may be in memory (`MAX_BODY_BYTES`)";
     UserCallsLimit = "mcp_user_calls_limit", Gauge, NONE, [], GatewaysIfSet, "Calls that one user may have in flight (`USER_MAX_CALLS`)";
     UserRateLimit = "mcp_user_rate_limit", Gauge, NONE, [], GatewaysIfSet, "Calls that one user may make in a second (`USER_MAX_RATE`)";
+    CertificateEnd = "mcp_tls_certificate_expiry_timestamp", Gauge, SECONDS, [], GatewaysIfSet, "When the certificate in use ends, since 1970 (`TLS_CERT_FILE`)";
     Refused = "mcp_refused", Counter, NONE, [label::<Limit>("reason")], All, "Calls and connections that were refused because of a limit. A cluster refuses a call of a full worker only when no other has room, so that `worker_calls` and `server_queue` may be more than callers saw";
     // What workers do.
     WorkerCalls = "mcp_worker_calls", Gauge, NONE, [], Workers, "Calls that the worker looks after, running and waiting";
@@ -170,6 +171,10 @@ metrics! {
     ServerCalls = "mcp_server_calls", Counter, NONE, [label::<CallEnd>("outcome")], Workers, "Calls that the worker took in and that are over, those of services on NATS among them";
     ServerErrors = "mcp_server_call_errors", Counter, NONE, [label::<ErrorCode>("code")], Workers, "Calls that the worker took in and that ended with an error, by its code";
     StageDuration = "mcp_call_stage_duration", Histogram, SECONDS, [label::<Stage>("stage"), label::<Carrier>("transport")], Workers, "Time of a call in each of its stages; one that comes to nothing in a stage has its time there, too";
+    Replayed = "mcp_calls_replayed", Counter, NONE, [], Workers, "Calls that were answered with what came of them when they were made for the first time (`Idempotency-Key`)";
+    CancelsIgnored = "mcp_cancels_ignored", Counter, NONE, [], Workers, "Calls that were cancelled and that the server did not give up in time";
+    SecretReads = "mcp_secret_reads", Counter, NONE, [label::<SecretSource>("source")], Workers, "Looks at a user's secrets for a server, by where they came from";
+    TokenRefreshes = "mcp_token_refreshes", Counter, NONE, [label::<Refreshed>("result")], Workers, "Refreshes of users' tokens for remote servers";
     Servers = "mcp_servers", Gauge, NONE, [label::<Status>("status")], Workers, "Servers that are registered, by what they do at this worker";
     ServerInstances = "mcp_server_instances", Gauge, NONE, [label::<Carrier>("transport")], Workers, "Processes of servers that run (`stdio`), and connections to remote ones (`http`)";
     ServerStarts = "mcp_server_starts", Counter, NONE, [label::<Carrier>("transport"), label::<Started>("result")], Workers, "Starts of processes, and connections that were made";
@@ -195,7 +200,10 @@ metrics! {
     BusErrors = "mcp_bus_errors", Counter, NONE, [label::<BusTrouble>("kind")], All, "What went wrong with NATS";
     SlowConsumers = "mcp_bus_slow_consumers", Counter, NONE, [], All, "Messages from NATS that were lost because they came faster than they were read, at least; a worker that lost any takes no calls until it has read everything again";
     FleetWorkers = "mcp_fleet_workers", Gauge, NONE, [], Cluster, "Workers that this node hears and that stay";
+    WorkersLost = "mcp_fleet_workers_lost", Counter, NONE, [], All, "Workers that this node took for lost while it had calls with them";
+    LeasesLost = "mcp_leases_lost", Counter, NONE, [], All, "How often this worker could not show in time that it lives, and gave up what may run only once";
     Integrity = "mcp_integrity_failures", Counter, NONE, [label::<CryptoErrorKind>("kind")], All, "Stored values that could not be decrypted, because they were changed or moved, or their key is not here";
+    AuditLines = "mcp_audit_lines", Counter, NONE, [label::<Event>("event")], All, "Lines of the audit log that were written";
     AuditDropped = "mcp_audit_dropped", Counter, NONE, [], All, "Lines of the audit log that were dropped: of refused requests and of calls; never those of changes";
     AuditFailures = "mcp_audit_failures", Counter, NONE, [], All, "Attempts to write the audit log that failed";
     // The process itself.
@@ -281,6 +289,8 @@ pub fn markdown_labels() -> String {
         StoreOperations "operation" StoreWork,
         StoreOperations "outcome" StoreEnd,
         BusErrors "kind" BusTrouble,
+        SecretReads "source" SecretSource,
+        TokenRefreshes "result" Refreshed,
     }
     table
 }
@@ -346,5 +356,6 @@ mod tests {
         check::<CryptoErrorKind>();
         check::<Limit>();
         check::<Gone>();
+        check::<Event>();
     }
 }
