@@ -8,7 +8,7 @@ use mcp_shared::{
     config::LimitSettings,
     error::{ErrorCode, WorkerError},
     ids::UserId,
-    metrics::{self, Exposition, Limit},
+    metrics::{self, Exposition, Limit, Metric},
     users::{Entered, TooMany, Users},
     worker_api::CallContext,
 };
@@ -71,32 +71,20 @@ impl Admission {
     }
 
     /// Shows limits, and what of them is in use.
-    pub fn show(&self, metrics: &mut Exposition) {
+    pub fn show(&self, metrics: &Exposition) {
         let limits = &self.limits;
         let (most_calls, most_bytes) = (limits.calls, limits.body_bytes.div_ceil(UNIT) * UNIT);
         let (calls, bodies) = (Arc::clone(&self.calls), Arc::clone(&self.bodies));
-        metrics.show_count("gateway_calls", "Calls in flight at this gateway", move || {
-            most_calls - calls.available_permits()
-        });
-        metrics.show_count("gateway_calls_limit", "Calls that may be in flight at this gateway", move || {
-            most_calls
-        });
-        metrics.show_count(
-            "gateway_body_bytes",
-            "Bytes of request bodies in flight at this gateway, in whole kibibytes",
-            move || most_bytes - bodies.available_permits() * UNIT,
-        );
-        metrics.show_count(
-            "gateway_body_limit_bytes",
-            "Bytes of request bodies that may be in flight at this gateway",
-            move || most_bytes,
-        );
+        metrics.show_count(Metric::GatewayCalls, move || most_calls - calls.available_permits());
+        metrics.show_count(Metric::GatewayCallsLimit, move || most_calls);
+        metrics.show_count(Metric::GatewayBody, move || most_bytes - bodies.available_permits() * UNIT);
+        metrics.show_count(Metric::GatewayBodyLimit, move || most_bytes);
         // What has no limit shows none.
         if let Some(most) = limits.user.calls {
-            metrics.show_count("user_calls_limit", "Calls that one user may have in flight", move || most);
+            metrics.show_count(Metric::UserCallsLimit, move || most);
         }
         if let Some(rate) = limits.user.rate {
-            metrics.show("user_rate_limit", "Calls that one user may make in a second", move || rate);
+            metrics.show(Metric::UserRateLimit, move || rate);
         }
     }
 }

@@ -75,10 +75,11 @@ impl Backend {
         Reloader::new(settings, vault, me, fleet)
     }
 
-    /// Shows what the worker of this process, if there is one, is busy with.
-    pub fn show(&self, metrics: &mut Exposition) {
-        if let Backend::Here(worker) = self {
-            worker.show(metrics);
+    /// Shows what the worker of this process is busy with, or how this gateway sees the fleet.
+    pub fn show(&self, metrics: &Exposition) {
+        match self {
+            Backend::Here(worker) => worker.show(metrics),
+            Backend::Fleet(cluster) => cluster.show(metrics),
         }
     }
 

@@ -8,7 +8,8 @@ use mcp_nats::{
     router::{Describe, Router},
 };
 use mcp_shared::{
-    config::BusSettings, fleet::NodeReport, node::NodeError, vault::Vault, worker_api::WorkerApi,
+    config::BusSettings, fleet::NodeReport, metrics::Exposition, node::NodeError, vault::Vault,
+    worker_api::WorkerApi,
 };
 use tokio::sync::watch;
 
@@ -20,6 +21,11 @@ pub struct Cluster {
 }
 
 impl Cluster {
+    /// Shows how this gateway sees bus and fleet.
+    pub fn show(&self, metrics: &Exposition) {
+        self.router.show(metrics);
+    }
+
     /// Says goodbye, sends what is left to be sent and disconnects.
     pub async fn close(self) {
         self.router.leave().await;

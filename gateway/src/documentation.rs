@@ -3,7 +3,7 @@
 
 use std::{fmt::Write, path::Path};
 
-use mcp_shared::{audit::Action, config, error::ErrorCode, limits};
+use mcp_shared::{audit::Action, config, error::ErrorCode, limits, metrics};
 
 use crate::problem::status;
 
@@ -23,6 +23,8 @@ fn the_readme_has_the_tables_of_this_version() {
         ("codes", codes()),
         ("limits", limits_table()),
         ("audit", actions()),
+        ("metrics", metrics::markdown_table()),
+        ("labels", metrics::markdown_labels()),
     ] {
         new = replaced(&new, name, &table);
     }

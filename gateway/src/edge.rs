@@ -28,6 +28,7 @@ use crate::{
     body::Discarding,
     cors::Cors,
     guard::Guard,
+    meters,
     problem::Problem,
 };
 
@@ -228,7 +229,9 @@ pub async fn edge(State(edge): State<Arc<Edge>>, mut request: Request, next: Nex
                 let error = WorkerError::internal("a handler panicked");
                 let error =
                     if route.as_deref() == Some(CALL) { error.outcome(Outcome::Unknown) } else { error };
-                Problem::from(error).into_answer(&id)
+                let mut answer = Problem::from(error).into_answer(&id);
+                answer.extensions_mut().insert(ErrorCode::Internal);
+                answer
             }
         },
     };
@@ -243,6 +246,8 @@ pub async fn edge(State(edge): State<Arc<Edge>>, mut request: Request, next: Nex
         let call = route.as_deref() == Some(CALL);
         note_denied(audit, &id, (method.as_str(), route.as_deref()), call, &response);
     }
+    let (status, took) = (response.status(), start.elapsed());
+    meters::answered(&method, route.as_deref(), status, response.extensions().get().copied(), took);
     tracing::info!(
         target: "mcp_gateway::access",
         request_id = %id,
@@ -251,9 +256,9 @@ pub async fn edge(State(edge): State<Arc<Edge>>, mut request: Request, next: Nex
         route = route.as_deref().unwrap_or("-"),
         // Who, as far as that was found out; never a credential.
         caller = response.extensions().get::<Arc<Principal>>().map(|caller| tracing::field::display(&caller.credential)),
-        status = response.status().as_u16(),
+        status = status.as_u16(),
         code = response.extensions().get::<ErrorCode>().map(|code| code.as_str()),
-        duration_ms = start.elapsed().as_secs_f64() * 1_000.0,
+        duration_ms = took.as_secs_f64() * 1_000.0,
         "request"
     );
     response

@@ -19,6 +19,7 @@ mod install_on_start;
 mod keys;
 mod latest;
 mod login;
+mod meters;
 mod nkeys;
 mod pace;
 mod problem;
@@ -241,10 +242,11 @@ async fn start(
     let backend = Backend::open(settings, &vault, &me, stop, &audit).await?;
     vault.record_key().await?;
     let authenticator = Arc::new(Authenticator::open(settings, &vault, stop).await?);
-    let (admission, mut metrics) = (Admission::new(&settings.limits), Exposition::default());
-    door.show(&mut metrics);
-    admission.show(&mut metrics);
-    backend.show(&mut metrics);
+    let (admission, metrics) = (Admission::new(&settings.limits), Exposition::default());
+    meters::show(&metrics);
+    door.show(&metrics);
+    admission.show(&metrics);
+    backend.show(&metrics);
     let keys = Keys::new(backend.reloader(settings, &vault, &me));
     let app = App {
         vault,

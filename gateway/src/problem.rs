@@ -62,6 +62,11 @@ impl Problem {
         }
     }
 
+    /// What went wrong.
+    pub fn error(&self) -> &WorkerError {
+        &self.error
+    }
+
     /// The closed code.
     pub fn code(&self) -> ErrorCode {
         self.error.code

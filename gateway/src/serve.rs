@@ -18,7 +18,7 @@ use hyper_util::{
 use mcp_shared::{
     config::{HttpSettings, Settings},
     limits,
-    metrics::{self, Exposition, Limit},
+    metrics::{self, Exposition, Limit, Metric},
 };
 use nix::sys::socket::{setsockopt, sockopt};
 use tokio::{
@@ -112,16 +112,14 @@ impl Door {
     }
 
     /// Shows how many are in.
-    pub fn show(&self, metrics: &mut Exposition) {
+    pub fn show(&self, metrics: &Exposition) {
         let (most, room) = (self.most, Arc::clone(&self.room));
-        metrics.show_count("gateway_connections", "Connections of clients to this gateway", move || {
-            most - room.available_permits()
-        });
-        metrics.show_count(
-            "gateway_connections_limit",
-            "Connections of clients that this gateway serves at once",
-            move || most,
-        );
+        metrics.show_count(Metric::GatewayConnections, move || most - room.available_permits());
+        metrics.show_count(Metric::GatewayConnectionsLimit, move || most);
+        if let Some(tls) = self.tls.clone() {
+            let ends = move || tls.ends().map_or(0.0, |ends| ends.millis() as f64 / 1e3);
+            metrics.show(Metric::CertificateEnd, ends);
+        }
     }
 }
 

@@ -73,7 +73,7 @@ struct Loaded {
 /// The certificate in use.
 pub struct Tls {
     files: TlsFiles,
-    config: RwLock<Arc<ServerConfig>>,
+    loaded: RwLock<Loaded>,
 }
 
 impl Tls {
@@ -87,7 +87,7 @@ impl Tls {
             }
             _ => loaded.log("a certificate is in use"),
         }
-        Ok(Self { files: files.clone(), config: RwLock::new(loaded.config) })
+        Ok(Self { files: files.clone(), loaded: RwLock::new(loaded) })
     }
 
     /// Reads the files again with every SIGHUP. One that cannot be used leaves everything as it was; connections
@@ -109,7 +109,7 @@ impl Tls {
                 }
                 Ok(loaded) => {
                     loaded.log("a certificate was read again");
-                    *self.config.write().unwrap_or_else(PoisonError::into_inner) = loaded.config;
+                    *self.loaded.write().unwrap_or_else(PoisonError::into_inner) = loaded;
                 }
                 Err(error) => tracing::error!(
                     error.cause = %error,
@@ -119,9 +119,14 @@ impl Tls {
         }
     }
 
+    /// When the certificate in use ends, if that can be read.
+    pub fn ends(&self) -> Option<Timestamp> {
+        self.loaded.read().unwrap_or_else(PoisonError::into_inner).ends
+    }
+
     /// Greets a client, for a limited time. `None`: it did not speak TLS, or not to the end.
     pub async fn accept(&self, stream: TcpStream) -> Option<TlsStream<TcpStream>> {
-        let config = Arc::clone(&self.config.read().unwrap_or_else(PoisonError::into_inner));
+        let config = Arc::clone(&self.loaded.read().unwrap_or_else(PoisonError::into_inner).config);
         let greeting = async move {
             let mut first = [0];
             if stream.peek(&mut first).await? == 0 {

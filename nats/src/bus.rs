@@ -8,9 +8,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use async_nats::{Client, ConnectOptions, Event, Subject, Subscriber, connection::State};
+use async_nats::{Client, ConnectOptions, Event, Statistics, Subject, Subscriber, connection::State};
 use bytes::Bytes;
-use mcp_shared::{ids::WorkerId, metrics};
+use mcp_shared::{
+    ids::WorkerId,
+    metrics::{self, BusTrouble, Direction, Exposition, Metric},
+};
 use serde::Serialize;
 
 use crate::{
@@ -94,7 +97,10 @@ impl Bus {
                             metrics::count_bus_connection();
                             tracing::info!("connected to NATS");
                         }
-                        Event::Disconnected => tracing::warn!("the connection to NATS was lost"),
+                        Event::Disconnected => {
+                            metrics::count_bus_disconnection();
+                            tracing::warn!("the connection to NATS was lost");
+                        }
                         Event::SlowConsumer(_) => {
                             let lost = counter.fetch_add(1, Ordering::AcqRel) + 1;
                             metrics::count_slow_consumer();
@@ -107,7 +113,14 @@ impl Bus {
                                 );
                             }
                         }
-                        other => tracing::info!(event = %other, "NATS"),
+                        other => {
+                            match other {
+                                Event::ServerError(_) => metrics::count_bus_trouble(BusTrouble::Server),
+                                Event::ClientError(_) => metrics::count_bus_trouble(BusTrouble::Client),
+                                _ => {}
+                            }
+                            tracing::info!(event = %other, "NATS");
+                        }
                     }
                 }
             })
@@ -115,6 +128,26 @@ impl Bus {
             .await?;
         let outbox = Outbox::new(client.clone());
         Ok(Self { client, outbox, subjects, node, start: Instant::now(), lost, inbox })
+    }
+
+    /// Shows what went over the connection.
+    pub(crate) fn show(&self, metrics: &Exposition) {
+        let show = |metric, read: fn(&Statistics, Direction) -> u64| {
+            let statistics = self.client.statistics();
+            metrics.show_all(metric, move |samples| {
+                for direction in Direction::ALL {
+                    samples.count(&[("direction", direction.as_str())], read(&statistics, *direction));
+                }
+            });
+        };
+        show(Metric::BusMessages, |statistics, direction| match direction {
+            Direction::In => statistics.in_messages.load(Ordering::Relaxed),
+            Direction::Out => statistics.out_messages.load(Ordering::Relaxed),
+        });
+        show(Metric::BusPayload, |statistics, direction| match direction {
+            Direction::In => statistics.in_bytes.load(Ordering::Relaxed),
+            Direction::Out => statistics.out_bytes.load(Ordering::Relaxed),
+        });
     }
 
     /// This node.
@@ -193,12 +226,16 @@ impl Bus {
     async fn put(&self, subject: Subject, reply: Option<Subject>, payload: Bytes) -> Result<(), SendError> {
         let (bytes, most) = (payload.len(), self.client.max_payload());
         if bytes > most {
+            metrics::count_bus_trouble(BusTrouble::Publish);
             return Err(SendError::TooLarge { bytes, most });
         }
         let Err(message) = self.outbox.try_put(Outgoing { subject, reply, payload }) else { return Ok(()) };
         match tokio::time::timeout(SENDING, self.outbox.put(message)).await {
             Ok(true) => Ok(()),
-            Ok(false) | Err(_) => Err(SendError::Full),
+            Ok(false) | Err(_) => {
+                metrics::count_bus_trouble(BusTrouble::Outbox);
+                Err(SendError::Full)
+            }
         }
     }
 

@@ -5,6 +5,7 @@
 
 use async_nats::{Client, Subject};
 use bytes::Bytes;
+use mcp_shared::metrics::{self, BusTrouble};
 use tokio::sync::{mpsc, oneshot};
 
 /// Messages that may wait for the client. None is larger than a message may be.
@@ -82,6 +83,7 @@ async fn run(client: Client, mut items: mpsc::Receiver<Item>) {
                         None => client.publish(subject, payload).await,
                     };
                     if let Err(error) = sent {
+                        metrics::count_bus_trouble(BusTrouble::Publish);
                         tracing::warn!(error.cause = %error, "a message was not sent");
                     }
                 }

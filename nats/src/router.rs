@@ -21,6 +21,7 @@ use mcp_shared::{
     fleet::{Fleet, NodeReport},
     ids::{ServerName, UserId, WorkerId},
     limits,
+    metrics::{Exposition, Metric},
     package::{Latest, LatestQuery},
     remote::{RemoteAnswer, RemoteAsk},
     worker_api::{CallContext, CallStream, Change, ServerReport, ToolCall, WorkerApi},
@@ -186,6 +187,15 @@ impl Router {
             Ok(service) => *lock(&self.inner.listing) = Some(service),
             Err(error) => tracing::warn!(error.cause = %error, "this node is not listed as a micro service"),
         }
+    }
+
+    /// Shows how this node sees the bus and the fleet.
+    pub fn show(&self, metrics: &Exposition) {
+        self.inner.bus.show(metrics);
+        let router = self.clone();
+        metrics.show(Metric::BusConnected, move || f64::from(u8::from(router.is_up())));
+        let router = self.clone();
+        metrics.show_count(Metric::FleetWorkers, move || router.staying().len());
     }
 
     /// The bus that it is on.

@@ -57,6 +57,26 @@ impl RawJson {
         &self.0
     }
 
+    /// Whether this is a tool's result that says of itself that it is an error (`isError`).
+    ///
+    /// Nearly all results say so of nothing, which a search tells at the speed of memory. A member of that name may stand
+    /// further in as well, so that one that is found has to be read.
+    pub fn says_error(&self) -> bool {
+        #[derive(Deserialize)]
+        struct Says {
+            #[serde(rename = "isError", default)]
+            is_error: bool,
+        }
+        let is_true = |rest: &[u8]| {
+            let value = rest.trim_ascii_start().strip_prefix(b":");
+            value.is_some_and(|value| value.trim_ascii_start().starts_with(b"true"))
+        };
+        const NAME: &[u8] = b"\"isError\"";
+        let mut found = memchr::memmem::find_iter(&self.0, NAME);
+        found.any(|at| is_true(&self.0[at + NAME.len()..]))
+            && serde_json::from_slice::<Says>(&self.0).is_ok_and(|says| says.is_error)
+    }
+
     /// Whether the document is an object. (Parsers keep no white space around a raw value.)
     pub fn is_object(&self) -> bool {
         self.0.first() == Some(&b'{')
@@ -261,6 +281,29 @@ fn screen_string(text: &[u8], mut at: usize) -> Result<usize, Refused> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn tells_results_that_are_errors() {
+        let says = |text: &str| RawJson::parse(text.to_owned()).unwrap().says_error();
+        for error in [
+            r#"{"isError":true}"#,
+            r#"{"content":[],"isError" : true}"#,
+            r#"{"isError":true,"a":{"isError":false}}"#,
+        ] {
+            assert!(says(error), "{error}");
+        }
+        for good in [
+            "{}",
+            r#"{"isError":false}"#,
+            r#"{"structuredContent":{"isError":true},"isError":false}"#,
+            r#"{"structuredContent":{"isError":true}}"#,
+            r#"{"content":[{"type":"text","text":"\"isError\":true"}]}"#,
+            r#"{"isError":"true"}"#,
+            r#"{"isError":null}"#,
+        ] {
+            assert!(!says(good), "{good}");
+        }
+    }
 
     #[test]
     fn keeps_every_byte() {

@@ -11,6 +11,7 @@ use crate::{
 };
 
 pub mod embedded;
+mod metered;
 pub mod mongo;
 pub mod open;
 

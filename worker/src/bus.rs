@@ -14,6 +14,7 @@ use mcp_shared::{
     error::{ErrorCode, WorkerError},
     fleet::{NodeReport, Role},
     hosting::Hosting,
+    metrics::Exposition,
     node::{NodeError, Reloader},
     worker_api::WorkerApi,
 };
@@ -45,6 +46,11 @@ impl Bus {
         let fleet = router.clone();
         worker.own_only_while(move || fleet.is_up());
         Ok(Self { router, server })
+    }
+
+    /// Shows how this worker sees bus and fleet.
+    pub fn show(&self, metrics: &Exposition) {
+        self.router.show(metrics);
     }
 
     /// Reads the worker's keys anew while it runs, as far as the fleet agrees with them.

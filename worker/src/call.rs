@@ -11,6 +11,7 @@ use mcp_shared::{
     ids::UserId,
     json::RawJson,
     limits,
+    metrics::{Carrier, Stage},
     worker_api::CallEvent,
 };
 use tokio::{
@@ -27,6 +28,7 @@ use crate::{
     idempotency::{self, Begun},
     leases::no_worker,
     logs::Known,
+    meters::{self, Stages},
     registry::Entry,
     secrets,
     transport::{RpcError, connection::Failure},
@@ -72,6 +74,7 @@ impl Call {
     /// looked after by another task, which keeps the slot until then.
     pub async fn run(self, mut go: Go) -> Result<RawJson, WorkerError> {
         let ended = self.run_named(&mut go).await;
+        meters::call_ended(&ended);
         // Only now: a call that has a name has given it back, so that another worker can take it.
         if let (Err(error), true, Some(held)) = (&ended, go.unable, go.held.take()) {
             let _ = held.send(Err(Refusal::Busy { error: error.clone() }));
@@ -105,6 +108,7 @@ impl Call {
         }
         self.wait_for_arguments(go).await?;
         let _ = self.events.try_send(CallEvent::Replayed);
+        meters::replayed();
         ended
     }
 
@@ -164,6 +168,8 @@ impl Call {
 
     async fn attempt(&self, go: &mut Go, given: &mut Option<RawJson>) -> Result<RawJson, Attempt> {
         let group = self.entry.group(&self.user, &self.host)?;
+        let carrier = Carrier::of(current(&self.entry.record).is_remote());
+        let mut stages = Stages::begin(Stage::Queue, carrier);
         let slot = tokio::select! {
             slot = group.slot(self.deadline) => slot.map_err(|no_slot| match no_slot {
                 NoSlot::Retired => Attempt::Replaced,
@@ -176,6 +182,7 @@ impl Call {
             })?,
             () = self.cancelled.cancelled() => return Err(cancelled(Outcome::NotStarted).into()),
         };
+        stages.enter(Stage::Handshake);
         self.check_lease(&group)?;
         if let Some(held) = go.held.take() {
             // Who does not care for the slot has sent the arguments already.
@@ -191,8 +198,10 @@ impl Call {
         if slot.instance.is_leaving() {
             return Err(Attempt::Again);
         }
+        stages.enter(Stage::Secrets);
         let prepared = async {
             let Arguments { merged, known } = self.with_secrets(arguments, &group).await?;
+            stages.enter(Stage::Server);
             let arguments = merged.as_deref().map_or(arguments.as_bytes(), Vec::as_slice);
             let progress = self.offer.progress.then(|| self.events.clone());
             let tool = self.offer.tool.as_str();
@@ -223,6 +232,7 @@ impl Call {
             self.host.tasks.spawn(async move {
                 if timeout(limits::CANCEL_GRACE, in_flight.answer()).await.is_err() {
                     slot.instance.ignored_cancels.fetch_add(1, Ordering::AcqRel);
+                    meters::cancel_ignored();
                 }
                 drop((slot, busy, known));
             });

@@ -12,6 +12,7 @@ use mcp_shared::{
     ids::{ServerName, UserId},
     json::RawJson,
     limits,
+    metrics::Gone,
     server::ServerRecord,
     timestamp::Timestamp,
     worker_api::{InstanceReport, ServerStatus},
@@ -33,6 +34,7 @@ use crate::{
     instance::{End, Instance},
     leases::{Denied, Hold},
     logs::Log,
+    meters,
 };
 
 mod owning;
@@ -253,7 +255,7 @@ impl Group {
                     }
                 };
                 let _ = timeout(limits::TOOL_TIMEOUT_MAX, idle).await;
-                instance.stop().await;
+                instance.stop_for(Gone::Stuck).await;
             });
         }
     }
@@ -298,6 +300,12 @@ impl Group {
         (status, reports)
     }
 
+    /// Its state, and how many processes or connections it has, for counting.
+    pub fn standing(&self) -> (ServerStatus, usize) {
+        let state = self.state();
+        (Self::status(&state), state.instances.len())
+    }
+
     fn status(state: &State) -> ServerStatus {
         match (&state.trouble, &state.busy) {
             _ if state.instances.iter().any(|instance| instance.is_open()) => ServerStatus::Connected,
@@ -315,6 +323,7 @@ impl Group {
 
     /// Takes in the end of a process.
     fn instance_ended(self: &Arc<Self>, instance: &Arc<Instance>, end: End) {
+        meters::gone(instance.gone(end));
         let mut state = self.state();
         state.instances.retain(|one| !Arc::ptr_eq(one, instance));
         if !instance.is_stopping() && !self.retired.is_cancelled() {

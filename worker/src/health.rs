@@ -50,13 +50,16 @@ impl Health {
 
     /// The worker was opened.
     pub fn worker(&self, worker: &Arc<Worker>) {
-        let mut metrics = Exposition::default();
-        worker.show(&mut metrics);
+        let metrics = Exposition::default();
+        worker.show(&metrics);
         let _ = self.metrics.set(metrics);
     }
 
     /// The bus was connected to.
     pub fn bus(&self, bus: &Bus) {
+        if let Some(metrics) = self.metrics.get() {
+            bus.show(metrics);
+        }
         let _ = self.bus.set(bus.clone());
     }
 

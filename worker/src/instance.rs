@@ -4,13 +4,15 @@
 use std::{
     collections::BTreeMap,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
 
-use mcp_shared::{error::shorten, json::RawJson, limits, package::PackageRef, timestamp::Timestamp};
+use mcp_shared::{
+    error::shorten, json::RawJson, limits, metrics::Gone, package::PackageRef, timestamp::Timestamp,
+};
 use tokio::{
     io::{AsyncRead, AsyncReadExt},
     sync::watch,
@@ -100,6 +102,8 @@ pub struct Instance {
     tools: Mutex<RawJson>,
     leaving: AtomicBool,
     stopping: AtomicBool,
+    /// Why, where there is more to say.
+    stopped_for: OnceLock<Gone>,
     stop: CancellationToken,
     ended: watch::Receiver<Option<End>>,
 }
@@ -233,6 +237,7 @@ impl Instance {
             tools: Mutex::new(tools),
             leaving: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
+            stopped_for: OnceLock::new(),
             stop,
             ended,
         })
@@ -298,6 +303,24 @@ impl Instance {
     /// Waits for its end.
     pub async fn ended(&self) -> End {
         wait_for_end(&self.ended).await
+    }
+
+    /// Why it is gone, by how it ended and by whether we are the ones who ended it.
+    pub fn gone(&self, end: End) -> Gone {
+        match end {
+            End::Process(Exit::Excess(_)) => Gone::TooLarge,
+            _ if self.is_stopping() => self.stopped_for.get().copied().unwrap_or(Gone::Stopped),
+            End::Process(Exit::Code(_)) => Gone::Exited,
+            End::Process(Exit::Signal(_)) => Gone::Killed,
+            End::Process(Exit::Lost) => Gone::Lost,
+            End::Remote => Gone::Disconnected,
+        }
+    }
+
+    /// Ends it as [`Instance::stop`] does, for another reason than that it is not wanted any more.
+    pub async fn stop_for(&self, why: Gone) {
+        let _ = self.stopped_for.set(why);
+        self.stop().await;
     }
 
     /// Ends it: closes a process' input, then SIGTERM, then SIGKILL to its group, and waits until it is reaped. The

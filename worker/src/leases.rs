@@ -29,7 +29,7 @@ use mcp_shared::{
     error::{ErrorCode, Outcome, WorkerError},
     hosting::Refusal,
     ids::{ServerName, UserId, WorkerId},
-    limits,
+    limits, metrics,
     store::{Lease, Store, StoreError},
 };
 use tokio::{
@@ -187,6 +187,7 @@ impl Leases {
                 if self.fence().is_some() {
                     let loss = self.renew().await;
                     lock(&self.own).lease = None;
+                    metrics::count_lost_lease();
                     tracing::warn!(?loss, "this worker does not own any more what may run only once");
                     retire(loss).await;
                     self.overdue_all();

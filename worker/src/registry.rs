@@ -11,6 +11,7 @@ use mcp_shared::{
     ids::{SecretName, ServerName, ToolName, UserId},
     json::RawJson,
     limits,
+    metrics::{Carrier, Status},
     server::{Isolation, Scaling, ServerRecord},
     store::StoredTools,
     timestamp::Timestamp,
@@ -62,6 +63,16 @@ struct Listing {
     of: Option<UserId>,
     /// What they say of themselves.
     repeatable: Repeatable,
+}
+
+/// What a server does at a worker, as it is counted.
+pub struct Standing {
+    /// The best state of what runs, or why nothing does.
+    pub status: Status,
+    /// Processes or connections, those that are on their way out among them.
+    pub instances: usize,
+    /// Which of the two.
+    pub carrier: Carrier,
 }
 
 #[derive(Default)]
@@ -304,6 +315,27 @@ impl Entry {
         if let Err(error) = stop.await {
             tracing::error!(server = %self.name, error.cause = %error, "processes were not stopped in order");
         }
+    }
+
+    /// What it does here, in short.
+    pub fn standing(&self) -> Standing {
+        let record = current(&self.record);
+        let groups = self.groups();
+        let (mut best, mut instances) = (None, 0);
+        for group in groups.shared.iter().chain(groups.users.values()).chain(&groups.leaving) {
+            let (status, running) = group.standing();
+            instances += running;
+            // As in its report: what merely sleeps says nothing.
+            best = best.max(Some(status).filter(|status| *status != ServerStatus::Disconnected));
+        }
+        let status = match best {
+            _ if !record.enabled => Status::Disabled,
+            Some(ServerStatus::Error) => Status::Error,
+            None | Some(ServerStatus::Disconnected) => Status::Disconnected,
+            Some(ServerStatus::Connecting) => Status::Connecting,
+            Some(ServerStatus::Connected) => Status::Connected,
+        };
+        Standing { status, instances, carrier: Carrier::of(record.is_remote()) }
     }
 
     /// What is known about it.

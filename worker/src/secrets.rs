@@ -8,6 +8,7 @@ use mcp_shared::{
     google::{GoogleFlow, TOKENS_SECRET},
     ids::{SecretName, ServerName, UserId},
     json::{self, RawJson},
+    metrics::SecretSource,
     server::ServerRecord,
     store::SealedSecret,
     vault::{Vault, VaultError},
@@ -16,6 +17,7 @@ use secrecy::{ExposeSecret, SecretString};
 use zeroize::Zeroizing;
 
 use crate::{
+    meters,
     remembered::{Found, Remembered},
     transport::push_string,
 };
@@ -121,10 +123,14 @@ impl SecretCache {
         if let Some(Found::Certain(sealed)) = &known
             && usable(sealed)
         {
+            meters::secrets_from(SecretSource::Memory);
             return Ok(Arc::clone(sealed));
         }
         let sealed: Arc<[SealedSecret]> = match self.vault.sealed_secrets(user, server).await {
-            Ok(sealed) => sealed.into(),
+            Ok(sealed) => {
+                meters::secrets_from(SecretSource::Store);
+                sealed.into()
+            }
             Err(error) => {
                 let error = WorkerError::from(error);
                 let untouched = self.remembered.is_untouched(&key, stamp);
@@ -132,6 +138,7 @@ impl SecretCache {
                     Some(Found::Doubtful(known))
                         if error.code == ErrorCode::StoreUnavailable && untouched && usable(&known) =>
                     {
+                        meters::secrets_from(SecretSource::Doubtful);
                         known
                     }
                     _ => return Err(error),

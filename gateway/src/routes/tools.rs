@@ -30,6 +30,7 @@ use crate::{
     body::{Field, Fields},
     caller::Caller,
     login::Invitation,
+    meters::CallMeter,
     problem::{Problem, json_bytes},
 };
 
@@ -46,16 +47,19 @@ pub async fn call(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Problem> {
-    let (place, context, call) =
-        admitted(&app, &caller, &headers, body).await.map_err(Problem::not_started)?;
+    let mut meter = CallMeter::begin();
+    let admitted = admitted(&app, &caller, &headers, body, &meter).await.map_err(Problem::not_started);
+    let (place, context, call) = admitted.inspect_err(|problem| meter.failed(problem.error()))?;
     let progress = call.progress;
     let stream = app.worker.call_tool(context, call).await;
-    let stream = stream.map_err(|error| invitation.invite(error.or_outcome(Outcome::NotStarted)))?;
+    let stream = stream.map_err(|error| error.or_outcome(Outcome::NotStarted));
+    let stream = stream.inspect_err(|error| meter.failed(error)).map_err(|error| invitation.invite(error))?;
     if progress {
-        return Ok(events(stream, caller.request, invitation, place));
+        return Ok(events(stream, caller.request, invitation, place, meter));
     }
     // Dropping this future, which the HTTP server does when the client goes away, cancels the call.
     let (result, replayed) = ended(stream).await;
+    meter.ended(&result);
     let replayed = replayed.then(|| HeaderValue::from_static("true"));
     match result {
         Ok(result) => {
@@ -99,9 +103,11 @@ async fn admitted(
     caller: &Caller,
     headers: &HeaderMap,
     body: Body,
+    meter: &CallMeter,
 ) -> Result<(Place, CallContext, ToolCall), Problem> {
     let in_flight = app.admission.call()?;
     let body = app.body(headers, body).await?;
+    meter.body(body.len());
     let (context, call) = read_call(caller, headers, &body)?;
     let user = app.admission.user(&context)?;
     caller.record_call(app, &context, &call);
@@ -156,22 +162,31 @@ pub async fn list(State(app): State<Arc<App>>, caller: Caller) -> Result<Respons
 }
 
 /// Progress as it comes, then the same document that a plain answer would have had.
-fn events(stream: CallStream, id: RequestId, invitation: Invitation, place: Place) -> Response {
-    let events = stream::unfold(Some((stream, id, invitation)), async |state| {
-        let (mut stream, id, invitation) = state?;
-        let (name, data, rest) = match stream.next().await {
-            Some(CallEvent::Progress(params)) => {
-                ("progress", text(params.bytes()), Some((stream, id, invitation)))
+fn events(
+    stream: CallStream,
+    id: RequestId,
+    invitation: Invitation,
+    place: Place,
+    mut meter: CallMeter,
+) -> Response {
+    meter.as_events();
+    let events = stream::unfold(Some((stream, id, invitation, meter)), async |state| {
+        let (mut stream, id, invitation, mut meter) = state?;
+        let ended = || Err(WorkerError::internal("a call ended without a result"));
+        let (name, data, rest) = match stream.next().await.unwrap_or_else(|| CallEvent::Done(ended())) {
+            CallEvent::Progress(params) => {
+                ("progress", text(params.bytes()), Some((stream, id, invitation, meter)))
             }
-            Some(CallEvent::Replayed) => ("replayed", "{}".to_owned(), Some((stream, id, invitation))),
-            Some(CallEvent::Done(Ok(result))) => ("result", text(&success(&result)), None),
-            Some(CallEvent::Done(Err(error))) => {
-                let error = invitation.invite(error.or_outcome(Outcome::Unknown));
-                ("error", failure(&error, &id).to_string(), None)
-            }
-            None => {
-                let error = WorkerError::internal("a call ended without a result").outcome(Outcome::Unknown);
-                ("error", failure(&error, &id).to_string(), None)
+            CallEvent::Replayed => ("replayed", "{}".to_owned(), Some((stream, id, invitation, meter))),
+            CallEvent::Done(result) => {
+                meter.ended(&result);
+                match result {
+                    Ok(result) => ("result", text(&success(&result)), None),
+                    Err(error) => {
+                        let error = invitation.invite(error.or_outcome(Outcome::Unknown));
+                        ("error", failure(&error, &id).to_string(), None)
+                    }
+                }
             }
         };
         Some((Ok::<_, Infallible>(Event::default().event(name).data(data)), rest))

@@ -46,6 +46,8 @@ mod lifecycle;
 mod listings;
 #[path = "../it/logins.rs"]
 mod logins;
+#[path = "../it/metrics.rs"]
+mod metrics;
 #[path = "../it/oauth.rs"]
 mod oauth;
 #[path = "../it/overload.rs"]

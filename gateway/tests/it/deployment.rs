@@ -227,7 +227,7 @@ pub fn tls_file(name: &str) -> PathBuf {
 }
 
 /// A client that trusts the certificates of tests, and no others.
-fn client() -> reqwest::Client {
+pub fn client() -> reqwest::Client {
     let trusted = ["authority.pem", "renewed.pem"]
         .map(|name| reqwest::Certificate::from_pem(&std::fs::read(tls_file(name)).unwrap()).unwrap());
     reqwest::Client::builder().tls_certs_only(trusted).build().unwrap()

@@ -29,6 +29,7 @@ mod keys;
 mod lifecycle;
 mod listings;
 mod logins;
+mod metrics;
 mod oauth;
 mod ordinary_user;
 mod overload;

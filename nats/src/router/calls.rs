@@ -453,6 +453,7 @@ impl Inner {
     /// A worker is gone: every call that is with it moves on.
     pub(super) fn worker_lost(self: &Arc<Self>, worker: &WorkerId) {
         tracing::warn!(%worker, "a worker was lost");
+        metrics::count_lost_worker();
         self.fleet_mut().silent(worker);
         let now = self.bus.now();
         for call in self.all_open() {

@@ -74,7 +74,7 @@ impl Audit {
         let begun: Vec<_> = recovered.iter().chain([&opened]).collect();
         let (mut well, mut missing) = (true, 0);
         match log.append(begun.iter().copied(), None, true) {
-            Ok(_) => {}
+            Ok(_) => begun.iter().for_each(|entry| metrics::count_audit_line(entry.event)),
             // Nothing can be changed, but what only reads goes on.
             Err(error) if is_full(&error) => {
                 tracing::error!(path = %log.path().display(), "the audit log's disk is full: changes are refused");
@@ -231,6 +231,7 @@ impl Writer {
                     tracing::info!(path = %self.log.path().display(), "the audit log can be written again");
                 }
                 self.well = true;
+                entries.iter().for_each(|entry| metrics::count_audit_line(entry.event));
                 Ok(first)
             }
             Err(error) => {

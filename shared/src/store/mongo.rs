@@ -20,6 +20,7 @@ use async_trait::async_trait;
 use mongodb::{
     Client, Collection,
     bson::{Document, RawDocumentBuf, doc},
+    event::{EventHandler, cmap::CmapEvent},
     options::{Acknowledgment, ClientOptions, ReadConcern, ReadPreference, SelectionCriteria, WriteConcern},
 };
 use secrecy::{ExposeSecret, SecretString};
@@ -31,6 +32,7 @@ use super::{
 use crate::{
     ids::{SecretName, ServerName, UserId},
     limits,
+    metrics::StorePool,
     timestamp::Timestamp,
 };
 
@@ -173,6 +175,7 @@ impl MongoStore {
             failing: AtomicBool::new(false),
         };
         store.run(store.database.check()).await?;
+        StorePool::of_process().limit(limits::STORE_POOL);
         Ok(Arc::new(store))
     }
 
@@ -222,12 +225,26 @@ async fn options(settings: &MongoSettings) -> Result<ClientOptions, ConnectError
     options.server_selection_timeout = Some(limits::STORE_SELECTION_TIMEOUT);
     options.max_pool_size = Some(limits::STORE_POOL);
     options.min_pool_size = None;
+    options.cmap_event_handler = Some(EventHandler::callback(count_connection));
     options.retry_reads = Some(true);
     options.retry_writes = Some(true);
     options.read_concern = Some(ReadConcern::majority());
     options.selection_criteria = Some(SelectionCriteria::ReadPreference(ReadPreference::Primary));
     options.write_concern = Some(WriteConcern::builder().w(Acknowledgment::Majority).journal(true).build());
     Ok(options)
+}
+
+/// Counts what the pool of connections does. Those that watch the servers are none of its.
+fn count_connection(event: CmapEvent) {
+    let pool = StorePool::of_process();
+    match event {
+        CmapEvent::ConnectionCreated(_) => pool.made(),
+        CmapEvent::ConnectionClosed(_) => pool.closed(),
+        CmapEvent::ConnectionCheckedOut(_) => pool.taken(),
+        CmapEvent::ConnectionCheckedIn(_) => pool.returned(),
+        CmapEvent::ConnectionCheckoutFailed(_) => pool.failed(),
+        _ => {}
+    }
 }
 
 /// The address as a URI with the credentials in it. The driver takes other settings of a URI that concern

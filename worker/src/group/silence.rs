@@ -17,7 +17,7 @@
 
 use std::{future::pending, sync::Arc};
 
-use mcp_shared::limits;
+use mcp_shared::{limits, metrics::Gone};
 use tokio::time::{Instant, timeout};
 
 use super::{Group, current};
@@ -62,7 +62,7 @@ pub(super) async fn watch_silence(group: Arc<Group>, instance: Arc<Instance>) {
             group.log.note("the process says nothing any more while calls wait for it: it is replaced");
             tracing::warn!(server = %group.server, "a silent process is replaced");
             instance.leave();
-            instance.stop().await;
+            instance.stop_for(Gone::Stuck).await;
             return;
         }
     }

@@ -6,6 +6,7 @@ use std::{sync::Arc, time::Duration};
 use mcp_shared::{
     error::{ErrorCode, Outcome, WorkerError},
     limits,
+    metrics::{Carrier, Gone, Started},
     package::PackageRef,
     server::{ServerRecord, Transport, looks_secret},
     timestamp::Timestamp,
@@ -22,6 +23,7 @@ use super::{
 use crate::{
     instance::{Instance, Launch},
     leases::Denied,
+    meters,
     packages::{folders::Installed, managers::Say},
     remote::{self, Target},
 };
@@ -182,7 +184,21 @@ impl Group {
         let record = current(&self.record);
         let running = self.state().instances.iter().filter(|instance| instance.is_open()).count();
         let missing = record.instance_limit().saturating_sub(running);
-        futures_util::future::join_all((0..missing).map(|_| self.start_one(&record))).await
+        futures_util::future::join_all((0..missing).map(|_| self.start_counted(&record))).await
+    }
+
+    async fn start_counted(&self, record: &Arc<ServerRecord>) -> Result<Arc<Instance>, Trouble> {
+        let carrier = Carrier::of(record.is_remote());
+        let timer = meters::start(carrier);
+        let started = self.start_one(record).await;
+        drop(timer);
+        match &started {
+            Ok(_) => meters::started(carrier, Started::Ok),
+            // It was given up, which is not the server's failure.
+            Err(_) if self.retired.is_cancelled() => {}
+            Err(_) => meters::started(carrier, Started::Failed),
+        }
+        started
     }
 
     async fn start_one(&self, record: &Arc<ServerRecord>) -> Result<Arc<Instance>, Trouble> {
@@ -252,6 +268,7 @@ impl Group {
         let (instances, troubles): (Vec<_>, Vec<_>) = started.into_iter().partition(Result::is_ok);
         if self.retired.is_cancelled() {
             // Whoever retires the group waits for this start, and then stops what it brought.
+            instances.iter().for_each(|_| meters::gone(Gone::Stopped));
             state.instances.extend(instances.into_iter().flatten());
             return;
         }

@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use mcp_shared::limits;
+use mcp_shared::{limits, metrics::Gone};
 use tokio::{sync::watch, time::timeout};
 
 use super::{Group, current};
@@ -59,7 +59,8 @@ pub(super) async fn watch_idle(group: Weak<Group>) {
                     tracing::info!(server = %group.server, "stopping an idle server");
                     let stopped = Arc::clone(&group);
                     group.host.tasks.spawn(async move {
-                        futures_util::future::join_all(instances.iter().map(|one| one.stop())).await;
+                        futures_util::future::join_all(instances.iter().map(|one| one.stop_for(Gone::Idle)))
+                            .await;
                         stopped.state().busy = None;
                         drop(done);
                         stopped.host.note_change();

@@ -18,6 +18,7 @@ use futures_util::{
 use mcp_shared::{
     error::{Outcome, WorkerError},
     limits,
+    metrics::Refreshed as Renewal,
     remote::OAuthTokens,
     server::ServerRecord,
     store::{Revision, StoreError, Versioned},
@@ -35,6 +36,7 @@ use super::{
     discovery::{Granted, discover, login_failed},
     not_started, reauth, same_issuer, url_of,
 };
+use crate::meters;
 
 /// How often tokens are looked at that another worker refreshes.
 const WATCH: Duration = Duration::from_millis(100);
@@ -156,10 +158,12 @@ impl Inner {
         let issuer = claimed.value.issuer.as_deref();
         match self.ask(record, &claimed.value).await {
             Ok(new) => {
+                meters::refreshed(Renewal::Ok);
                 tracing::debug!(server = %key.1, "tokens were refreshed");
                 self.keep(key, claimed, new).await
             }
             Err(Refusal::Final(code)) => {
+                meters::refreshed(Renewal::LoginNeeded);
                 tracing::info!(server = %key.1, oauth.error = code, "tokens cannot be refreshed any more");
                 let error = reauth(key, issuer, "is not logged in to it any more");
                 if let ("invalid_client", Some(issuer), Some(redirect_uri)) =
@@ -172,6 +176,7 @@ impl Inner {
                 Err(error)
             }
             Err(Refusal::Foreign { issuer: other }) => {
+                meters::refreshed(Renewal::LoginNeeded);
                 let named = mcp_shared::error::shorten(&other, 128);
                 tracing::warn!(server = %key.1, named, "a remote server names another authorization server");
                 let error =
@@ -180,6 +185,7 @@ impl Inner {
                 Err(error)
             }
             Err(Refusal::Passing(error)) => {
+                meters::refreshed(Renewal::Failed);
                 let error = error.or_outcome(Outcome::NotStarted).with("serverName", key.1.as_str());
                 self.release(key, claimed, None, &error).await;
                 Err(error)

@@ -14,6 +14,7 @@ use mcp_shared::{
     error::{ErrorCode, WorkerError},
     ids::{ServerName, UserId, object_id},
     limits,
+    metrics::{JobEnd, JobWork},
     package::{Job, JobKind, JobState, PackageRecord, PackageRef, Runtime},
     server::{Isolation, Scaling, ServerRecord, Transport},
     store::Versioned,
@@ -32,6 +33,7 @@ use crate::{
     host::Host,
     instance::{Instance, Launch},
     logs::Log,
+    meters::JobMeter,
 };
 
 mod progress;
@@ -149,7 +151,11 @@ impl Runner {
             self.undo(&job.value).await;
         }
         let Some(progress) = Progress::claim(&self.host, job).await else { return };
-        let name = progress.job().server_name;
+        let Job { server_name: name, kind, .. } = progress.job();
+        let meter = JobMeter::begin(match kind {
+            JobKind::Install => JobWork::Install,
+            JobKind::Upgrade => JobWork::Upgrade,
+        });
         let work = async {
             let done = self.execute(&progress).await;
             progress.ended.cancel();
@@ -158,16 +164,22 @@ impl Runner {
         // What is said gets into the store while the work goes on.
         let (done, ()) = tokio::join!(work, progress.tell());
         match done {
-            Ok(version) => progress.finish(Ok(version)).await,
+            Ok(version) => {
+                meter.ended(JobEnd::Done);
+                progress.finish(Ok(version)).await;
+            }
             Err(Stop::Failed(error)) => {
                 tracing::warn!(server = %name, %error, "a job failed");
-                if !progress.begins_again(&error) {
+                let again = progress.begins_again(&error);
+                if !again {
                     self.undo(&progress.job()).await;
                 }
+                meter.ended(if again { JobEnd::Again } else { JobEnd::Failed });
                 progress.finish(Err(error)).await;
             }
             Err(Stop::Left) => {
                 tracing::info!(server = %name, "a job is left to others");
+                meter.ended(JobEnd::Left);
                 if self.host.stopping.is_cancelled() {
                     progress.give_back().await;
                 }
