@@ -63,6 +63,33 @@ struct Counts {
     audit_dropped: Counter,
     audit_failures: Counter,
     tool_changes: Counter,
+    exported_spans: Counter,
+    lost_spans: Family<Label, Counter>,
+}
+
+/// Why a span did not get to the collector of traces.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SpanLoss {
+    /// More came than could be sent.
+    QueueFull,
+    /// The collector could not be reached, or did not take the batch.
+    Failed,
+    /// The collector took the batch, but not this.
+    Rejected,
+}
+
+impl SpanLoss {
+    /// All of them.
+    pub const ALL: &'static [SpanLoss] = &[SpanLoss::QueueFull, SpanLoss::Failed, SpanLoss::Rejected];
+
+    /// As the label has it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            SpanLoss::QueueFull => "queue_full",
+            SpanLoss::Failed => "export_failed",
+            SpanLoss::Rejected => "rejected",
+        }
+    }
 }
 
 static COUNTS: LazyLock<Counts> = LazyLock::new(|| {
@@ -75,6 +102,10 @@ static COUNTS: LazyLock<Counts> = LazyLock::new(|| {
     for kind in CryptoErrorKind::ALL {
         let _ = integrity_failures.get_or_create(&[("kind", kind.as_str())]);
     }
+    let lost_spans = Family::<Label, Counter>::default();
+    for loss in SpanLoss::ALL {
+        let _ = lost_spans.get_or_create(&[("reason", loss.as_str())]);
+    }
     Counts {
         refused,
         progress_dropped: Counter::default(),
@@ -84,6 +115,8 @@ static COUNTS: LazyLock<Counts> = LazyLock::new(|| {
         audit_dropped: Counter::default(),
         audit_failures: Counter::default(),
         tool_changes: Counter::default(),
+        exported_spans: Counter::default(),
+        lost_spans,
     }
 });
 
@@ -125,6 +158,16 @@ pub fn count_audit_failure() {
 /// A server listed tools otherwise than before, with nothing changed in its record.
 pub fn count_tool_change() {
     COUNTS.tool_changes.inc();
+}
+
+/// Spans got to the collector of traces.
+pub fn count_exported_spans(spans: u64) {
+    COUNTS.exported_spans.inc_by(spans);
+}
+
+/// Spans did not.
+pub fn count_lost_spans(loss: SpanLoss, spans: u64) {
+    COUNTS.lost_spans.get_or_create(&[("reason", loss.as_str())]).inc_by(spans);
 }
 
 /// What one node shows.
@@ -175,6 +218,16 @@ impl Default for Exposition {
             "tool_changes",
             "Servers that listed tools otherwise than before, with nothing changed in their records",
             counts.tool_changes.clone(),
+        );
+        registry.register(
+            "trace_spans_exported",
+            "Spans that the collector of traces took",
+            counts.exported_spans.clone(),
+        );
+        registry.register(
+            "trace_spans_dropped",
+            "Spans that did not get to the collector of traces",
+            counts.lost_spans.clone(),
         );
         Self { registry }
     }

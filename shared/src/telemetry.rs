@@ -2,16 +2,20 @@
 
 use std::{any::Any, backtrace, io::IsTerminal, panic, thread};
 
+mod levels;
+
 use tracing::{Level, Metadata};
 use tracing_subscriber::{
     EnvFilter, Layer,
     filter::{LevelFilter, filter_fn},
     layer::SubscriberExt,
-    registry,
+    registry, reload,
     util::SubscriberInitExt,
 };
 
 use crate::{config::LogFormat, error::shorten};
+
+pub use levels::{FilterError, check_filter, filters, set_filter};
 
 /// What stands in the log while nobody asks for more.
 const DEFAULT: &str = "info";
@@ -47,7 +51,9 @@ pub enum TelemetryError {
 /// Sets up logging for the whole process, once. Panics are logged from then on, by place and thread and with
 /// little of their message; they unwind and end as before.
 pub fn init(format: LogFormat, debug: bool, filter: Option<&str>) -> Result<(), TelemetryError> {
-    let filter = EnvFilter::try_new(directives(debug, filter)).map_err(TelemetryError::Filter)?;
+    let configured = directives(debug, filter);
+    let filter = EnvFilter::try_new(&configured).map_err(TelemetryError::Filter)?;
+    let (filter, handle) = reload::Layer::new(filter);
     let terminal = std::io::stderr().is_terminal();
     // The default time stamps are RFC 3339 in UTC.
     let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
@@ -69,6 +75,7 @@ pub fn init(format: LogFormat, debug: bool, filter: Option<&str>) -> Result<(), 
         .with(filter)
         .try_init()
         .map_err(TelemetryError::AlreadySet)?;
+    levels::control(configured, move |filter| handle.reload(filter).is_ok());
     panic::set_hook(Box::new(log_panic));
     Ok(())
 }

@@ -20,6 +20,7 @@ use mcp_shared::{
     ids::{IdempotencyKey, RequestId, ServerName, ToolName},
     json::RawJson,
     listing::tame,
+    trace::{Key, Span},
     users::Entered,
     worker_api::{CallContext, CallEvent, CallStream, ToolCall},
 };
@@ -52,7 +53,8 @@ pub async fn call(
     let stream = app.worker.call_tool(context, call).await;
     let stream = stream.map_err(|error| invitation.invite(error.or_outcome(Outcome::NotStarted)))?;
     if progress {
-        return Ok(events(stream, caller.request, invitation, place));
+        let span = caller.traced.map(|traced| traced.take()).unwrap_or_default();
+        return Ok(events(stream, caller.request, invitation, (place, span)));
     }
     // Dropping this future, which the HTTP server does when the client goes away, cancels the call.
     let (result, replayed) = ended(stream).await;
@@ -111,7 +113,7 @@ async fn admitted(
 /// What is called, and on whose behalf.
 fn read_call(caller: &Caller, headers: &HeaderMap, body: &Bytes) -> Result<(CallContext, ToolCall), Problem> {
     let fields = Fields::parse(body)?;
-    let context = context(caller.request.clone(), caller.user(&fields)?, headers)?;
+    let context = context(caller, caller.user(&fields)?, headers)?;
     let server = ServerName::parse_existing(&fields.required("serverName")?)?;
     let tool = ToolName::parse(&fields.required("methodName")?)?;
     caller.may_call(&server, &tool)?;
@@ -156,16 +158,23 @@ pub async fn list(State(app): State<Arc<App>>, caller: Caller) -> Result<Respons
 }
 
 /// Progress as it comes, then the same document that a plain answer would have had.
-fn events(stream: CallStream, id: RequestId, invitation: Invitation, place: Place) -> Response {
-    let events = stream::unfold(Some((stream, id, invitation)), async |state| {
-        let (mut stream, id, invitation) = state?;
+fn events(stream: CallStream, id: RequestId, invitation: Invitation, held: (Place, Span)) -> Response {
+    let (place, span) = held;
+    let events = stream::unfold(Some((stream, id, invitation, span)), async |state| {
+        let (mut stream, id, invitation, mut span) = state?;
         let (name, data, rest) = match stream.next().await {
             Some(CallEvent::Progress(params)) => {
-                ("progress", text(params.bytes()), Some((stream, id, invitation)))
+                ("progress", text(params.bytes()), Some((stream, id, invitation, span)))
             }
-            Some(CallEvent::Replayed) => ("replayed", "{}".to_owned(), Some((stream, id, invitation))),
-            Some(CallEvent::Done(Ok(result))) => ("result", text(&success(&result)), None),
+            Some(CallEvent::Replayed) => ("replayed", "{}".to_owned(), Some((stream, id, invitation, span))),
+            Some(CallEvent::Done(Ok(result))) => {
+                span.say(Key::Status, || 200);
+                span.end();
+                ("result", text(&success(&result)), None)
+            }
             Some(CallEvent::Done(Err(error))) => {
+                span.say(Key::Status, || 200);
+                span.fail(error.code.as_str());
                 let error = invitation.invite(error.or_outcome(Outcome::Unknown));
                 ("error", failure(&error, &id).to_string(), None)
             }
