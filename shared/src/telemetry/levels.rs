@@ -9,7 +9,7 @@ use crate::limits;
 
 /// What a filter set at run time must look like.
 const RULE: &str = "must be levels (off, error, warn, info, debug, trace), each for everything or as target=level, \
-                    comma-separated, such as info,mcp_worker=debug";
+                    comma-separated without spaces, such as info,mcp_worker=debug";
 
 /// Why a filter was not set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -56,9 +56,9 @@ pub fn check_filter(text: &str) -> Result<(), FilterError> {
             && text.parse::<LevelFilter>().is_ok()
     };
     let good = text.len() <= limits::LOG_FILTER_BYTES
-        && text.split(',').all(|part| match part.trim().split_once('=') {
+        && text.split(',').all(|part| match part.split_once('=') {
             Some((target, level)) => !target.is_empty() && target.bytes().all(of_target) && is_level(level),
-            None => is_level(part.trim()),
+            None => is_level(part),
         });
     if good && EnvFilter::try_new(text).is_ok() { Ok(()) } else { Err(FilterError::Invalid) }
 }
@@ -94,7 +94,7 @@ mod tests {
 
     #[test]
     fn filters_are_levels() {
-        for good in ["info", "warn,mcp_worker=debug", " off , a::b=TRACE", "mcp_nats::router=error"] {
+        for good in ["info", "warn,mcp_worker=debug", "off,a::b=TRACE", "mcp_nats::router=error"] {
             assert_eq!(check_filter(good), Ok(()), "{good}");
         }
         let long = "info,".repeat(300) + "info";
@@ -109,6 +109,8 @@ mod tests {
             "a=b=c",
             "[span]=info",
             "a b=info",
+            "info, warn",
+            "info\n",
             "3",
             "ä=info",
             &long,
