@@ -26,6 +26,7 @@ use crate::{
     admission::{Admission, Room},
     auth::Authenticator,
     body,
+    caller::Caller,
     latest::LatestVersions,
     problem::Problem,
     routes::keys::Keys,
@@ -184,7 +185,7 @@ impl App {
 }
 
 /// On whose behalf a call is made, and in which time.
-pub fn context(id: RequestId, user: UserId, headers: &HeaderMap) -> Result<CallContext, Problem> {
+pub fn context(caller: &Caller, user: UserId, headers: &HeaderMap) -> Result<CallContext, Problem> {
     let timeout = match headers.get("x-request-timeout-ms") {
         None => None,
         Some(value) => {
@@ -200,7 +201,8 @@ pub fn context(id: RequestId, user: UserId, headers: &HeaderMap) -> Result<CallC
             Some(Duration::from_millis(millis).min(limits::TOOL_TIMEOUT_MAX))
         }
     };
-    Ok(CallContext { request_id: id, user, timeout, spent: Duration::ZERO })
+    let trace = caller.traced.as_ref().map(|traced| traced.trace.clone());
+    Ok(CallContext { request_id: caller.request.clone(), user, timeout, spent: Duration::ZERO, trace })
 }
 
 /// Whether the caller asks for server-sent events.

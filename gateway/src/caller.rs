@@ -16,6 +16,7 @@ use crate::{
     login::Parameters,
     problem::Problem,
     routes::server_view::Viewer,
+    traced::Traced,
 };
 
 /// Who sent a request. The route's own rule, which the table of routes has, was checked before.
@@ -26,6 +27,8 @@ pub struct Caller {
     pub request: RequestId,
     /// What it leaves in the audit log.
     pub trail: Trail,
+    /// What is known of it, if it is traced.
+    pub traced: Option<Traced>,
 }
 
 impl Deref for Caller {
@@ -42,10 +45,11 @@ impl<S: Sync> FromRequestParts<S> for Caller {
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
         let found = (parts.extensions.get::<Arc<Principal>>(), parts.extensions.get::<RequestId>());
         let trail = parts.extensions.get::<Trail>().cloned().unwrap_or_default();
+        let traced = parts.extensions.get::<Traced>().cloned();
         let (Some(principal), Some(request)) = found else {
             return Err(WorkerError::internal("a request came past the guard").into());
         };
-        Ok(Self { principal: Arc::clone(principal), request: request.clone(), trail })
+        Ok(Self { principal: Arc::clone(principal), request: request.clone(), trail, traced })
     }
 }
 

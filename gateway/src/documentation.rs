@@ -3,7 +3,7 @@
 
 use std::{fmt::Write, path::Path};
 
-use mcp_shared::{audit::Action, config, error::ErrorCode, limits, metrics};
+use mcp_shared::{audit::Action, config, error::ErrorCode, limits, metrics, trace::Key};
 
 use crate::problem::status;
 
@@ -25,6 +25,7 @@ fn the_readme_has_the_tables_of_this_version() {
         ("audit", actions()),
         ("metrics", metrics::markdown_table()),
         ("labels", metrics::markdown_labels()),
+        ("attributes", attributes()),
     ] {
         new = replaced(&new, name, &table);
     }
@@ -111,6 +112,14 @@ fn actions() -> String {
     let mut table = "| action | meaning |\n|---|---|\n".to_owned();
     for action in Action::ALL {
         writeln!(table, "| `{}` | {} |", action.as_str(), action.meaning()).unwrap();
+    }
+    table
+}
+
+fn attributes() -> String {
+    let mut table = "| attribute | meaning |\n|---|---|\n".to_owned();
+    for key in Key::ALL {
+        writeln!(table, "| `{}` | {} |", key.as_str(), key.meaning()).unwrap();
     }
     table
 }

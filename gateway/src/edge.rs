@@ -2,7 +2,9 @@
 //! errors made into documents, one line in the log.
 
 use std::{
+    fmt,
     net::IpAddr,
+    num::NonZeroU128,
     panic::AssertUnwindSafe,
     sync::{Arc, OnceLock},
     time::Instant,
@@ -15,6 +17,7 @@ use axum::{
 };
 use futures_util::FutureExt;
 use http::{HeaderMap, HeaderName, HeaderValue, header};
+use http_body::Body as _;
 use mcp_shared::{
     audit::Audit,
     error::{ErrorCode, Outcome, WorkerError, shorten},
@@ -30,6 +33,7 @@ use crate::{
     guard::Guard,
     meters,
     problem::Problem,
+    traced::Traced,
 };
 
 /// The header that names a request.
@@ -181,6 +185,9 @@ pub async fn edge(State(edge): State<Arc<Edge>>, mut request: Request, next: Nex
     let route = request.extensions().get::<MatchedPath>().map(|path| path.as_str().to_owned());
     let method = request.method().clone();
     let reader = allowed.cors.reader(request.headers());
+    let sent_bytes = request.body().size_hint().exact();
+    let traced = Traced::begin(&request, route.as_deref());
+    let trace_id = traced.as_ref().map(|traced| traced.trace.parent.trace());
     let (id, checked) = match request_id(request.headers()) {
         Ok(id) => (id, allowed.check(&request, route.as_deref())),
         Err(problem) => (RequestId::generate(), Err(problem)),
@@ -191,6 +198,9 @@ pub async fn edge(State(edge): State<Arc<Edge>>, mut request: Request, next: Nex
         None => Ok(None),
     });
     request.extensions_mut().insert(id.clone());
+    if let Some(traced) = &traced {
+        request.extensions_mut().insert(traced.clone());
+    }
     let trail = Trail::default();
     request.extensions_mut().insert(trail.clone());
     let body = std::mem::take(request.body_mut());
@@ -241,7 +251,11 @@ pub async fn edge(State(edge): State<Arc<Edge>>, mut request: Request, next: Nex
     response.headers_mut().insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     response.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
     allowed.cors.mark(reader, response.headers_mut());
-    trail.end(response.status(), response.extensions().get::<ErrorCode>().copied());
+    let code = response.extensions().get::<ErrorCode>().copied();
+    trail.end(response.status(), code);
+    if let Some(traced) = traced {
+        traced.answered(response.status(), code);
+    }
     if let Some(audit) = allowed.audit.get() {
         let call = route.as_deref() == Some(CALL);
         note_denied(audit, &id, (method.as_str(), route.as_deref()), call, &response);
@@ -257,7 +271,11 @@ pub async fn edge(State(edge): State<Arc<Edge>>, mut request: Request, next: Nex
         // Who, as far as that was found out; never a credential.
         caller = response.extensions().get::<Arc<Principal>>().map(|caller| tracing::field::display(&caller.credential)),
         status = status.as_u16(),
-        code = response.extensions().get::<ErrorCode>().map(|code| code.as_str()),
+        code = code.map(ErrorCode::as_str),
+        // As far as they are known before they are sent.
+        bytes_in = sent_bytes,
+        bytes_out = response.body().size_hint().exact(),
+        trace_id = trace_id.map(|id| tracing::field::display(Hex(id))),
         duration_ms = took.as_secs_f64() * 1_000.0,
         "request"
     );
@@ -270,6 +288,15 @@ impl Edge {
             Some(guard) => guard.pass(request, next).await,
             None => next.run(request).await,
         }
+    }
+}
+
+/// The id of a trace, as it is written.
+struct Hex(NonZeroU128);
+
+impl fmt::Display for Hex {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", self.0)
     }
 }
 

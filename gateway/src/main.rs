@@ -27,6 +27,7 @@ mod router;
 mod routes;
 mod serve;
 mod tls;
+mod traced;
 mod verify;
 
 use std::{io::Write, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
@@ -38,6 +39,7 @@ use mcp_shared::{
     lifecycle::{self, EX_CONFIG, EX_TEMPFAIL, Hangups, complain},
     metrics::Exposition,
     node::{self, NodeError},
+    trace::{self, Traces},
     vault::Vault,
 };
 use mcp_worker::program;
@@ -188,7 +190,7 @@ async fn run(settings: &Settings) -> ExitCode {
     let closed = CancellationToken::new();
     let serving =
         tokio::spawn(serve::serve(listener, door.clone(), api.clone(), stop.clone(), closed.clone()));
-    let (backend, app) = match start(settings, &door, changes.clone(), &stop).await {
+    let (backend, app, traces) = match start(settings, &door, changes.clone(), &stop).await {
         Ok(started) => started,
         Err(error) => return error.report(),
     };
@@ -224,6 +226,7 @@ async fn run(settings: &Settings) -> ExitCode {
         let _ = timeout(LAST_ANSWERS, answered).await;
     }
     audit.close().await;
+    traces.close().await;
     tracing::info!("stopped");
     ExitCode::SUCCESS
 }
@@ -234,9 +237,10 @@ async fn start(
     door: &Door,
     changes: TaskTracker,
     stop: &CancellationToken,
-) -> Result<(Backend, App), NodeError> {
+) -> Result<(Backend, App, Traces), NodeError> {
     let vault = node::open(settings, stop).await?;
     let me = backend::myself(&vault);
+    let traces = trace::open(settings.traces.as_ref(), "mcp-gateway", me.id.as_str());
     warn_of_records(settings, &vault).await?;
     let audit = Audit::open(&settings.audit, "mcp-gateway")?;
     let backend = Backend::open(settings, &vault, &me, stop, &audit).await?;
@@ -265,7 +269,7 @@ async fn start(
         launch: settings.launch.clone(),
         audit,
     };
-    Ok((backend, app))
+    Ok((backend, app, traces))
 }
 
 /// Servers that were registered before there were rules go on. Whoever set the rules should know.

@@ -19,7 +19,8 @@ use crate::{
     guard::{Access, Guard},
     problem::Problem,
     routes::{
-        api_keys, auth, fleet, google, health, jobs, keys, metrics, oauth, packages, secrets, servers, tools,
+        api_keys, auth, fleet, google, health, jobs, keys, log, metrics, oauth, packages, secrets, servers,
+        tools,
     },
 };
 
@@ -108,6 +109,8 @@ pub fn table() -> Vec<Route> {
         on(GET, "/admin/keys/rewrap", Needs(Admin), get(keys::rewrapping)),
         on(POST, "/admin/keys/rewrap", Needs(Admin), post(keys::rewrap)),
         on(POST, "/admin/keys/retire", Needs(Admin), post(keys::retire)),
+        on(GET, "/admin/log", Needs(Admin), get(log::get)),
+        on(PUT, "/admin/log", Needs(Admin), put(log::set)),
     ]
 }
 

@@ -7,6 +7,7 @@ pub mod google;
 pub mod health;
 pub mod jobs;
 pub mod keys;
+pub mod log;
 pub mod metrics;
 pub mod oauth;
 pub mod package_input;

@@ -92,7 +92,7 @@ async fn listen(client: &Client, subjects: &Subjects) -> Result<Vec<NodeReport>,
                 nodes.remove(&node);
             }
             // Of another version.
-            Err(_) => {}
+            Ok((Beat::Log(_), _)) | Err(_) => {}
         }
     }
     Ok(nodes.into_values().collect())

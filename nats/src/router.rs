@@ -320,6 +320,10 @@ impl WorkerApi for Router {
         self.inner.reports().await
     }
 
+    async fn filter_logs(&self, filter: Option<&str>) -> Result<(), WorkerError> {
+        self.inner.filter_logs(filter).await
+    }
+
     async fn ready(&self) -> Result<(), WorkerError> {
         if !self.inner.is_up() {
             return Err(bus_unavailable());

@@ -15,6 +15,7 @@ use mcp_shared::{
     ids::{RequestId, ServerName, UserId, WorkerId},
     package::LatestQuery,
     remote::RemoteAsk,
+    trace::Trace,
     worker_api::Change,
 };
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::DeserializeOwned};
@@ -78,6 +79,9 @@ pub struct Offer {
     pub router: WorkerId,
     /// What is called.
     pub call: CallOffer,
+    /// Where it belongs, if it is traced.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trace: Option<Trace>,
 }
 
 /// Which part of a body a message has.
@@ -225,6 +229,8 @@ pub enum Beat {
     Hello(NodeReport),
     /// It leaves.
     Gone(WorkerId),
+    /// Everybody who hears it is to log by this filter, or without one as its own settings say.
+    Log(Option<String>),
 }
 
 /// Why a message cannot be read.

@@ -85,6 +85,7 @@ actions! {
     KeysRewrap = "keys.rewrap", "Stored values are encrypted anew with the newest key.";
     KeysRetire = "keys.retire", "Nodes were allowed to forget an encryption key.";
     WorkerDrain = "worker.drain", "A worker was told to leave.";
+    LogFilter = "log.filter", "Nodes were told to log more, or less.";
 }
 
 /// What a line says about its action.
@@ -138,6 +139,9 @@ pub struct Object {
     /// Method and pattern of the route.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub route: Option<String>,
+    /// The filter of logs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub filter: Option<String>,
 }
 
 impl Object {
@@ -159,6 +163,11 @@ impl Object {
     /// A key.
     pub fn key(id: impl fmt::Display) -> Self {
         Self { key: text(id), ..Self::default() }
+    }
+
+    /// A filter of logs.
+    pub fn filter(filter: impl fmt::Display) -> Self {
+        Self { filter: text(filter), ..Self::default() }
     }
 
     /// A route.

@@ -12,7 +12,7 @@ use std::{
 
 use secrecy::SecretString;
 
-use crate::{crypter::LegacyMode, error::shorten, launch::LaunchRules};
+use crate::{crypter::LegacyMode, error::shorten, launch::LaunchRules, trace::Export};
 
 mod audit;
 mod auth;
@@ -26,6 +26,7 @@ mod packages;
 mod parse;
 mod remote;
 mod table;
+mod traces;
 mod variables;
 
 #[cfg(test)]
@@ -138,6 +139,8 @@ pub struct Settings {
     pub log_format: LogFormat,
     /// `RUST_LOG`, known to be a valid filter.
     pub log_filter: Option<String>,
+    /// How traces are exported, if they are.
+    pub traces: Option<Export>,
     /// Values that were set for variables which this version does not use yet, as they stood. Some are
     /// credentials: see [`Variable::secret`].
     pub later: BTreeMap<&'static str, String>,
@@ -237,6 +240,7 @@ impl Settings {
         let debug = reader.required("DEBUG", parse::boolean);
         let log_format = reader.required("LOG_FORMAT", parse::log_format);
         let log_filter = reader.optional("RUST_LOG", parse::log_filter);
+        let traces = reader.traces();
 
         let start_timeout = reader.required("START_TIMEOUT_SECONDS", parse::seconds);
         let worker_host = reader.required("WORKER_HOST", parse::host);
@@ -321,6 +325,7 @@ impl Settings {
             debug,
             log_format,
             log_filter,
+            traces,
             later: reader.later(),
             effective: reader.effective(),
             warnings: reader.warnings,
@@ -342,7 +347,7 @@ impl fmt::Debug for Settings {
 /// Variables of other programs that are spelled almost like one of ours.
 const FOREIGN: &[&str] = &["MONGO_PORT", "NATS_USER", "PYTHON_DIR", "PYTHON_LIB"];
 
-/// Families of variables that later versions read. Their members are not listed one by one.
+/// Families of variables of which other programs that share the file may use more than this one.
 const FAMILIES: &[&str] = &["OTEL_"];
 
 /// Values as they were found, and what was wrong with them.

@@ -20,6 +20,17 @@ pub enum Outcome {
     Completed,
 }
 
+impl Outcome {
+    /// As it stands in answers.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Outcome::NotStarted => "not_started",
+            Outcome::Unknown => "unknown",
+            Outcome::Completed => "completed",
+        }
+    }
+}
+
 macro_rules! error_codes {
     ($($variant:ident = $text:literal, retryable $retryable:literal, $meaning:literal;)*) => {
         /// Every code that an answer of ours can carry. The set is closed: clients may match on it.

@@ -28,6 +28,7 @@ pub mod store;
 pub mod telemetry;
 pub mod timestamp;
 pub mod tls;
+pub mod trace;
 pub mod users;
 pub mod vault;
 pub mod worker_api;

@@ -259,4 +259,8 @@ table! {
     HEALTH_CONNECTIONS: usize = 64;
     /// How long such a connection, which has one request, may take.
     HEALTH_TIMEOUT: Duration = Duration::from_secs(10);
+    /// How long a stop waits for the last spans to be exported.
+    TRACES_FAREWELL: Duration = Duration::from_secs(3);
+    /// Bytes of a log filter that is set while the program runs.
+    LOG_FILTER_BYTES: usize = 1_024;
 }

@@ -18,7 +18,7 @@ pub use exposition::{CONTENT_TYPE, Exposition, Samples};
 pub use instruments::{Count, Counts, Histogram, Histograms, Running, Timer};
 pub use labels::{
     BusTrouble, CallEnd, Carrier, Direction, Gone, JobEnd, JobWork, Limit, Pooled, Refreshed, Reply,
-    SecretSource, Stage, Started, Status, StatusClass, StoreEnd, StoreWork,
+    SecretSource, SpanLoss, Stage, Started, Status, StatusClass, StoreEnd, StoreWork,
 };
 pub use table::{Closed, Kind, Label, Metric, Nodes, markdown_labels, markdown_table};
 
@@ -27,6 +27,8 @@ static INTEGRITY: Counts<CryptoErrorKind, { CryptoErrorKind::ALL.len() }> = Coun
 static PROGRESS_DROPPED: Count = Count::new();
 static TOOL_CHANGES: Count = Count::new();
 static LOG_DROPPED: Count = Count::new();
+static SPANS_EXPORTED: Count = Count::new();
+static SPANS_DROPPED: Counts<SpanLoss, { SpanLoss::ALL.len() }> = Counts::new();
 static AUDIT_DROPPED: Count = Count::new();
 static AUDIT_FAILURES: Count = Count::new();
 static AUDIT_LINES: Counts<Event, 4> = Counts::new();
@@ -107,6 +109,16 @@ pub fn count_lost_lease() {
     LEASES_LOST.add(1);
 }
 
+/// Spans got to the collector of traces.
+pub(crate) fn count_exported_spans(spans: u64) {
+    SPANS_EXPORTED.add(spans);
+}
+
+/// Spans did not.
+pub(crate) fn count_lost_spans(loss: SpanLoss, spans: u64) {
+    SPANS_DROPPED.add(loss, spans);
+}
+
 /// A line of the log was dropped, because its reader was slow.
 pub(crate) fn count_dropped_line() {
     LOG_DROPPED.add(1);
@@ -184,6 +196,8 @@ impl Default for Exposition {
         count(Metric::ProgressDropped, &PROGRESS_DROPPED);
         count(Metric::ToolChanges, &TOOL_CHANGES);
         count(Metric::LogDropped, &LOG_DROPPED);
+        count(Metric::SpansExported, &SPANS_EXPORTED);
+        shown.show_counts(Metric::SpansDropped, "reason", &SPANS_DROPPED);
         count(Metric::AuditDropped, &AUDIT_DROPPED);
         count(Metric::AuditFailures, &AUDIT_FAILURES);
         count(Metric::WorkersLost, &WORKERS_LOST);

@@ -2,19 +2,22 @@
 
 use std::{any::Any, backtrace, io::IsTerminal, panic, sync::OnceLock, thread, time::Duration};
 
+mod levels;
+mod lines;
+
 use tracing::{Level, Metadata};
 use tracing_subscriber::{
     EnvFilter, Layer,
     filter::{LevelFilter, filter_fn},
     layer::SubscriberExt,
-    registry,
+    registry, reload,
     util::SubscriberInitExt,
 };
 
 use self::lines::Lines;
 use crate::{config::LogFormat, error::shorten};
 
-mod lines;
+pub use levels::{FilterError, check_filter, filters, set_filter};
 
 /// What stands in the log while nobody asks for more.
 const DEFAULT: &str = "info";
@@ -59,7 +62,9 @@ pub enum TelemetryError {
 /// Sets up logging for the whole process, once. Panics are logged from then on, by place and thread and with
 /// little of their message; they unwind and end as before.
 pub fn init(format: LogFormat, debug: bool, filter: Option<&str>) -> Result<(), TelemetryError> {
-    let filter = EnvFilter::try_new(directives(debug, filter)).map_err(TelemetryError::Filter)?;
+    let configured = directives(debug, filter);
+    let filter = EnvFilter::try_new(&configured).map_err(TelemetryError::Filter)?;
+    let (filter, handle) = reload::Layer::new(filter);
     let terminal = std::io::stderr().is_terminal();
     // The default time stamps are RFC 3339 in UTC.
     let out = Lines::to(std::io::stderr()).map_err(TelemetryError::Thread)?;
@@ -82,6 +87,7 @@ pub fn init(format: LogFormat, debug: bool, filter: Option<&str>) -> Result<(), 
         .with(filter)
         .try_init()
         .map_err(TelemetryError::AlreadySet)?;
+    levels::control(configured, move |filter| handle.reload(filter).is_ok());
     let _ = LINES.set(out);
     panic::set_hook(Box::new(|info| {
         log_panic(info);

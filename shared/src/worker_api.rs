@@ -16,6 +16,7 @@ use crate::{
     package::{Latest, LatestQuery},
     remote::{RemoteAnswer, RemoteAsk},
     timestamp::Timestamp,
+    trace::Trace,
 };
 
 /// On whose behalf, and within which time, something is asked.
@@ -32,6 +33,9 @@ pub struct CallContext {
     /// How much of its time is gone already, on the way here.
     #[serde(default)]
     pub spent: Duration,
+    /// Where it belongs, if its caller or this program traces it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trace: Option<Trace>,
 }
 
 /// One tool call.
@@ -221,6 +225,10 @@ pub trait WorkerApi: Send + Sync + 'static {
 
     /// What is known about all servers.
     async fn reports(&self) -> Result<Vec<ServerReport>, WorkerError>;
+
+    /// Has every other node that is heard log by this filter from now on, or by its own settings again. Whether they
+    /// do is not waited for. A node that starts later knows nothing of it.
+    async fn filter_logs(&self, filter: Option<&str>) -> Result<(), WorkerError>;
 
     /// Whether calls can be taken; the error says what is missing.
     async fn ready(&self) -> Result<(), WorkerError>;

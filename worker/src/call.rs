@@ -6,12 +6,13 @@ use std::{
 };
 
 use mcp_shared::{
-    error::{ErrorCode, Outcome, WorkerError},
+    error::{ErrorCode, Outcome, WorkerError, shorten},
     hosting::{CallOffer, Refusal},
     ids::UserId,
     json::RawJson,
     limits,
     metrics::{Carrier, Stage},
+    trace::{Key, Kind, Span, Trace},
     worker_api::CallEvent,
 };
 use tokio::{
@@ -36,6 +37,8 @@ use crate::{
 
 /// How often a call that was provably not started is tried again here.
 const ATTEMPTS: usize = 3;
+/// Characters of a tool's name in a span.
+const TOOL_CHARS: usize = 128;
 
 /// A call on its way.
 pub struct Call {
@@ -47,6 +50,8 @@ pub struct Call {
     pub user: UserId,
     /// What is called.
     pub offer: CallOffer,
+    /// Where it belongs, if it is traced.
+    pub trace: Option<Trace>,
     /// When it must be over.
     pub deadline: Instant,
     /// The time that it was given, for messages.
@@ -67,6 +72,8 @@ pub struct Go {
     pub arguments: oneshot::Receiver<RawJson>,
     /// The server does not start here, and may do so elsewhere.
     pub unable: bool,
+    /// The whole call, if it is recorded.
+    pub span: Span,
 }
 
 impl Call {
@@ -75,6 +82,7 @@ impl Call {
     pub async fn run(self, mut go: Go) -> Result<RawJson, WorkerError> {
         let ended = self.run_named(&mut go).await;
         meters::call_ended(&ended);
+        conclude(std::mem::take(&mut go.span), &ended);
         // Only now: a call that has a name has given it back, so that another worker can take it.
         if let (Err(error), true, Some(held)) = (&ended, go.unable, go.held.take()) {
             let _ = held.send(Err(Refusal::Busy { error: error.clone() }));
@@ -126,7 +134,7 @@ impl Call {
         let mut attempts = 0;
         let mut arguments = None;
         loop {
-            match self.attempt(go, &mut arguments).await {
+            match self.attempt(go, &mut arguments, attempts).await {
                 Ok(result) => return Ok(result),
                 Err(Attempt::Lost(error)) => {
                     attempts += 1;
@@ -166,10 +174,16 @@ impl Call {
         }
     }
 
-    async fn attempt(&self, go: &mut Go, given: &mut Option<RawJson>) -> Result<RawJson, Attempt> {
+    async fn attempt(
+        &self,
+        go: &mut Go,
+        given: &mut Option<RawJson>,
+        before: usize,
+    ) -> Result<RawJson, Attempt> {
         let group = self.entry.group(&self.user, &self.host)?;
         let carrier = Carrier::of(current(&self.entry.record).is_remote());
         let mut stages = Stages::begin(Stage::Queue, carrier);
+        let waiting = go.span.child(Kind::Internal, "queue");
         let slot = tokio::select! {
             slot = group.slot(self.deadline) => slot.map_err(|no_slot| match no_slot {
                 NoSlot::Retired => Attempt::Replaced,
@@ -179,8 +193,18 @@ impl Call {
                     Attempt::Failed(error)
                 }
                 NoSlot::Error(error) => Attempt::Failed(error),
-            })?,
-            () = self.cancelled.cancelled() => return Err(cancelled(Outcome::NotStarted).into()),
+            }),
+            () = self.cancelled.cancelled() => Err(cancelled(Outcome::NotStarted).into()),
+        };
+        let slot = match slot {
+            Ok(slot) => {
+                waiting.end();
+                slot
+            }
+            Err(attempt) => {
+                waiting.fail(attempt.code());
+                return Err(attempt);
+            }
         };
         stages.enter(Stage::Handshake);
         self.check_lease(&group)?;
@@ -200,16 +224,29 @@ impl Call {
         }
         stages.enter(Stage::Secrets);
         let prepared = async {
-            let Arguments { merged, known } = self.with_secrets(arguments, &group).await?;
+            let mut adding = go.span.child(Kind::Internal, "secrets");
+            let added = self.with_secrets(arguments, &group).await;
+            adding.say(Key::Secrets, || added.as_ref().is_ok_and(|added| added.merged.is_some()));
+            conclude(adding, &added);
+            let Arguments { merged, known } = added?;
             stages.enter(Stage::Server);
             let arguments = merged.as_deref().map_or(arguments.as_bytes(), Vec::as_slice);
             let progress = self.offer.progress.then(|| self.events.clone());
             let tool = self.offer.tool.as_str();
             self.check_lease(&group)?;
-            let begun = instance.connection.call_tool(tool, arguments, merged.is_some(), progress).await;
-            begun.map(|in_flight| (in_flight, known)).map_err(|_| Attempt::Again)
+            let asking = self.asking(&go.span, before);
+            let trace = self.trace_from(&asking);
+            let begun =
+                instance.connection.call_tool(tool, arguments, merged.is_some(), progress, trace).await;
+            match begun {
+                Ok(in_flight) => Ok((in_flight, known, asking)),
+                Err(_) => {
+                    asking.fail(Attempt::Again.code());
+                    Err(Attempt::Again)
+                }
+            }
         };
-        let (mut in_flight, known) = tokio::select! {
+        let (mut in_flight, known, asking) = tokio::select! {
             prepared = timeout_at(self.deadline, prepared) => match prepared {
                 Ok(prepared) => prepared?,
                 // The store is silent, or the server has not read its input for so long that nothing more
@@ -220,12 +257,22 @@ impl Call {
         };
         let given_up = tokio::select! {
             answer = timeout_at(self.deadline, in_flight.answer()) => match answer {
-                Ok(answer) => return self.conclude(answer, &group, instance.is_stopping()),
+                Ok(answer) => {
+                    let ended = self.conclude(answer, &group, instance.is_stopping());
+                    match &ended {
+                        Ok(_) => asking.end(),
+                        Err(attempt) => asking.fail(attempt.code()),
+                    }
+                    return ended;
+                }
                 Err(_) => "deadline",
             },
             // Whoever named the call will come back for what came of it.
             () = self.cancelled.cancelled(), if self.offer.idempotency.is_none() => "client",
         };
+        asking.fail(
+            if given_up == "client" { ErrorCode::Cancelled } else { ErrorCode::DeadlineExceeded }.as_str(),
+        );
         let outcome = if in_flight.cancel(given_up) { Outcome::Unknown } else { Outcome::NotStarted };
         if outcome == Outcome::Unknown {
             // The slot stays taken until the server is done with the call, or has had time enough.
@@ -242,6 +289,30 @@ impl Call {
             _ => self.late(outcome),
         }
         .into())
+    }
+
+    /// The span of one request to the server.
+    fn asking(&self, whole: &Span, before: usize) -> Span {
+        let mut asking = whole.child(Kind::Client, "tools/call");
+        asking.say(Key::McpMethod, || "tools/call");
+        asking.say(Key::Server, || self.entry.name.as_str().to_owned());
+        asking.say(Key::Tool, || shorten(self.offer.tool.as_str(), TOOL_CHARS));
+        asking.say(Key::Transport, || if current(&self.entry.record).is_remote() { "tcp" } else { "pipe" });
+        if before > 0 {
+            asking.say(Key::Attempt, || i64::try_from(before + 1).unwrap_or(i64::MAX));
+        }
+        asking
+    }
+
+    /// What the server is told of the trace. Whom the caller works for is nothing for servers elsewhere.
+    fn trace_from(&self, asking: &Span) -> Option<Trace> {
+        let trace = self.trace.as_ref()?;
+        let trace = match asking.context() {
+            Some(context) => trace.with_parent(context),
+            None => trace.clone(),
+        };
+        let elsewhere = trace.baggage().is_some() && current(&self.entry.record).is_remote();
+        Some(if elsewhere { trace.without_baggage() } else { trace })
     }
 
     /// Waits, with a slot, for what the call is to be started with. Nothing was started when it never
@@ -382,6 +453,30 @@ pub enum Attempt {
     Lost(WorkerError),
     /// For the caller.
     Failed(WorkerError),
+}
+
+impl Attempt {
+    /// In one word, for spans.
+    fn code(&self) -> &'static str {
+        match self {
+            Attempt::Again => "made_again",
+            Attempt::Replaced => "server_replaced",
+            Attempt::Lost(error) | Attempt::Failed(error) => error.code.as_str(),
+        }
+    }
+}
+
+/// Ends a span with what came of its work.
+fn conclude<T>(mut span: Span, ended: &Result<T, WorkerError>) {
+    match ended {
+        Ok(_) => span.end(),
+        Err(error) => {
+            if let Some(outcome) = error.outcome {
+                span.say(Key::Outcome, || outcome.as_str());
+            }
+            span.fail(error.code.as_str());
+        }
+    }
 }
 
 impl From<WorkerError> for Attempt {

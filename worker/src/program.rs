@@ -9,6 +9,7 @@ use mcp_shared::{
     config::{self, BusSettings, Settings},
     lifecycle::{self, EX_CONFIG, EX_TEMPFAIL, Hangups, complain},
     node::{self, NodeError},
+    trace::{self, Traces},
 };
 use tokio::{
     net::TcpListener,
@@ -117,7 +118,7 @@ async fn serve(settings: &Settings, bus: &BusSettings) -> ExitCode {
     let closing = CancellationToken::new();
     // From now on, so that an orchestrator sees what a start is waiting for.
     let answering = tokio::spawn(health::serve(listener, Arc::clone(&health), closing.clone()));
-    let (worker, bus, audit) = match start(settings, bus, &health, &stop).await {
+    let (worker, bus, audit, traces) = match start(settings, bus, &health, &stop).await {
         Ok(started) => started,
         Err(error) => return error.report(),
     };
@@ -140,6 +141,7 @@ async fn serve(settings: &Settings, bus: &BusSettings) -> ExitCode {
     closing.cancel();
     let _ = answering.await;
     audit.close().await;
+    traces.close().await;
     tracing::info!("stopped");
     ExitCode::SUCCESS
 }
@@ -150,7 +152,7 @@ async fn start(
     bus: &BusSettings,
     health: &Health,
     stop: &CancellationToken,
-) -> Result<(Arc<Worker>, Bus, Audit), NodeError> {
+) -> Result<(Arc<Worker>, Bus, Audit, Traces), NodeError> {
     let vault = node::open(settings, stop).await?;
     health.store(&vault);
     let audit = Audit::open(&settings.audit, "mcp-worker")?;
@@ -160,6 +162,7 @@ async fn start(
     let worker =
         Worker::open(vault.clone(), program, Boot::OnDemand, packages, remote, limits, recorded).await?;
     health.worker(&worker);
+    let traces = trace::open(settings.traces.as_ref(), "mcp-worker", worker.id().as_str());
     let bus = node::patiently(settings, stop, async || Bus::connect(bus, &worker).await).await?;
     vault.record_key().await?;
     worker.serve_jobs(bus.fleet());
@@ -169,7 +172,7 @@ async fn start(
         () = stop.cancelled() => {}
     }
     health.serving();
-    Ok((worker, bus, audit))
+    Ok((worker, bus, audit, traces))
 }
 
 /// Tells a person, or the program that started this one, that calls are taken.

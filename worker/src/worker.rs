@@ -21,6 +21,7 @@ use mcp_shared::{
     package::{Latest, LatestQuery},
     remote::{RemoteAnswer, RemoteAsk},
     server::Isolation,
+    trace::{self, Key, Kind},
     users::Users,
     vault::{Vault, VaultError},
     worker_api::{CallContext, CallEvent, CallStream, Change, ServerReport, ToolCall, WorkerApi},
@@ -271,10 +272,13 @@ impl Worker {
         let guard = cancelled.clone().drop_guard();
         // Whoever named the call comes back for what became of it.
         let repeatable = offer.idempotency.is_none() && entry.is_repeatable(&offer.tool);
+        let (mut span, trace) = trace::begin(context.trace, self.call_kind(), || "call".into());
+        span.say(Key::Server, || offer.server.as_str().to_owned());
         let call = Call {
             host: Arc::clone(&self.host),
             entry,
             user: context.user,
+            trace,
             offer,
             deadline,
             limit,
@@ -283,15 +287,19 @@ impl Worker {
             repeatable,
         };
         self.calls.spawn(async move {
-            end.send(CallEvent::Done(
-                call.run(Go { held: Some(held_sender), arguments, unable: false }).await,
-            ));
+            let go = Go { held: Some(held_sender), arguments, unable: false, span };
+            end.send(CallEvent::Done(call.run(go).await));
             drop(room);
         });
         let stream = CallStream::new(receiver, guard);
         Ok(Reservation::new(held, arguments_sender, stream, limit)
             .repeatable(repeatable)
             .alone(runs_once(&record)))
+    }
+
+    /// Who asks for calls: another process, or this one.
+    fn call_kind(&self) -> Kind {
+        if self.host.leases.is_some() { Kind::Server } else { Kind::Internal }
     }
 
     /// Tells a remote server that its sessions are over.
@@ -384,6 +392,11 @@ impl WorkerApi for Worker {
     async fn reports(&self) -> Result<Vec<ServerReport>, WorkerError> {
         let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
         Ok(entries.values().map(|entry| entry.report()).collect())
+    }
+
+    async fn filter_logs(&self, _filter: Option<&str>) -> Result<(), WorkerError> {
+        // There is no other node.
+        Ok(())
     }
 
     async fn ready(&self) -> Result<(), WorkerError> {

@@ -154,7 +154,8 @@ async fn ask(
     tool: &str,
     arguments: &Value,
 ) -> Result<Value, Problem> {
-    let context = CallContext { request_id, user: user.clone(), timeout: None, spent: Duration::ZERO };
+    let context =
+        CallContext { request_id, user: user.clone(), timeout: None, spent: Duration::ZERO, trace: None };
     let call = ToolCall {
         idempotency: None,
         server: server.clone(),

@@ -20,6 +20,7 @@ use mcp_shared::{
     ids::{IdempotencyKey, RequestId, ServerName, ToolName},
     json::RawJson,
     listing::tame,
+    trace::{Key, Span},
     users::Entered,
     worker_api::{CallContext, CallEvent, CallStream, ToolCall},
 };
@@ -55,7 +56,8 @@ pub async fn call(
     let stream = stream.map_err(|error| error.or_outcome(Outcome::NotStarted));
     let stream = stream.inspect_err(|error| meter.failed(error)).map_err(|error| invitation.invite(error))?;
     if progress {
-        return Ok(events(stream, caller.request, invitation, place, meter));
+        let span = caller.traced.map(|traced| traced.take()).unwrap_or_default();
+        return Ok(events(stream, caller.request, invitation, place, (meter, span)));
     }
     // Dropping this future, which the HTTP server does when the client goes away, cancels the call.
     let (result, replayed) = ended(stream).await;
@@ -117,7 +119,7 @@ async fn admitted(
 /// What is called, and on whose behalf.
 fn read_call(caller: &Caller, headers: &HeaderMap, body: &Bytes) -> Result<(CallContext, ToolCall), Problem> {
     let fields = Fields::parse(body)?;
-    let context = context(caller.request.clone(), caller.user(&fields)?, headers)?;
+    let context = context(caller, caller.user(&fields)?, headers)?;
     let server = ServerName::parse_existing(&fields.required("serverName")?)?;
     let tool = ToolName::parse(&fields.required("methodName")?)?;
     caller.may_call(&server, &tool)?;
@@ -167,22 +169,28 @@ fn events(
     id: RequestId,
     invitation: Invitation,
     place: Place,
-    mut meter: CallMeter,
+    told: (CallMeter, Span),
 ) -> Response {
+    let (mut meter, span) = told;
     meter.as_events();
-    let events = stream::unfold(Some((stream, id, invitation, meter)), async |state| {
-        let (mut stream, id, invitation, mut meter) = state?;
+    let events = stream::unfold(Some((stream, id, invitation, meter, span)), async |state| {
+        let (mut stream, id, invitation, mut meter, mut span) = state?;
         let ended = || Err(WorkerError::internal("a call ended without a result"));
         let (name, data, rest) = match stream.next().await.unwrap_or_else(|| CallEvent::Done(ended())) {
             CallEvent::Progress(params) => {
-                ("progress", text(params.bytes()), Some((stream, id, invitation, meter)))
+                ("progress", text(params.bytes()), Some((stream, id, invitation, meter, span)))
             }
-            CallEvent::Replayed => ("replayed", "{}".to_owned(), Some((stream, id, invitation, meter))),
+            CallEvent::Replayed => ("replayed", "{}".to_owned(), Some((stream, id, invitation, meter, span))),
             CallEvent::Done(result) => {
                 meter.ended(&result);
+                span.say(Key::Status, || 200);
                 match result {
-                    Ok(result) => ("result", text(&success(&result)), None),
+                    Ok(result) => {
+                        span.end();
+                        ("result", text(&success(&result)), None)
+                    }
                     Err(error) => {
+                        span.fail(error.code.as_str());
                         let error = invitation.invite(error.or_outcome(Outcome::Unknown));
                         ("error", failure(&error, &id).to_string(), None)
                     }

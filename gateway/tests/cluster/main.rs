@@ -20,6 +20,8 @@ mod calls;
 mod canary;
 #[path = "../it/children.rs"]
 mod children;
+#[path = "../it/collector.rs"]
+mod collector;
 #[path = "../it/compat.rs"]
 mod compat;
 #[path = "../it/cycles.rs"]
@@ -46,6 +48,8 @@ mod lifecycle;
 mod listings;
 #[path = "../it/logins.rs"]
 mod logins;
+#[path = "../it/logs.rs"]
+mod logs;
 #[path = "../it/metrics.rs"]
 mod metrics;
 #[path = "../it/oauth.rs"]
@@ -80,6 +84,8 @@ mod smoke;
 mod stored;
 #[path = "../it/tokens.rs"]
 mod tokens;
+#[path = "../it/traces.rs"]
+mod traces;
 
 mod bad_inputs_fleet;
 mod bodies;

@@ -7,7 +7,7 @@ use futures_util::StreamExt;
 use mcp_shared::testing::services::shared_nats;
 use serde_json::{Value, json};
 
-use crate::deployment::Deployment;
+use crate::{collector::Collector, deployment::Deployment};
 
 async fn client() -> Client {
     async_nats::connect(shared_nats().url()).await.unwrap()
@@ -46,6 +46,44 @@ async fn one_request_calls_a_tool() {
     api.register_fixture("own", &["--more"], sleepy).await.ok();
     let reply = request(&client, call("own", "bob"), r#"{"tool":"echo","args":{"text":"up"}}"#).await;
     assert_eq!(reply["data"]["content"][0]["text"], "up", "{reply}");
+}
+
+#[tokio::test]
+async fn a_service_says_where_its_call_belongs() {
+    let collector = Collector::start().await;
+    let api = Deployment::builder()
+        .env("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url())
+        .env("OTEL_TRACES_SAMPLER", "parentbased_always_off")
+        .env("OTEL_BSP_SCHEDULE_DELAY", "20")
+        .start()
+        .await;
+    api.add_fixture("echo", &["--more"], json!({})).await;
+    let client = client().await;
+    let subject = format!("{}.v1.call.echo.default", api.data().name());
+    let trace = "0af7651916cd43dd8448eb211c80319c";
+    let call = async |name: &str, flags: &str| -> Value {
+        let mut headers = async_nats::HeaderMap::new();
+        headers.insert(name, format!("00-{trace}-b7ad6b7169203331-{flags}").as_str());
+        let request = async_nats::Request::new()
+            .payload(r#"{"tool":"meta"}"#.into())
+            .headers(headers)
+            .timeout(Some(Duration::from_secs(30)));
+        let reply = client.send_request(subject.clone(), request).await.unwrap();
+        let reply: Value = serde_json::from_slice(&reply.payload).unwrap();
+        let told: Value =
+            serde_json::from_str(reply["data"]["content"][0]["text"].as_str().unwrap()).unwrap();
+        told["traceparent"].clone()
+    };
+    assert_eq!(call("traceparent", "00").await, format!("00-{trace}-b7ad6b7169203331-00"));
+    let told = call("Traceparent", "01").await;
+    let spans = collector.trace(trace, 5).await;
+    let below = |parent: &str| spans.iter().filter(|span| span.parent == parent).collect::<Vec<_>>();
+    let [door] = &below("b7ad6b7169203331")[..] else { panic!("{spans:#?}") };
+    assert_eq!((door.says("messaging.system"), door.kind), ("nats", 2));
+    let [call] = &below(&door.id)[..] else { panic!("{spans:#?}") };
+    assert_eq!(call.says("mcp.server.name"), "echo");
+    let asking = below(&call.id).into_iter().find(|span| span.name == "tools/call").unwrap();
+    assert_eq!(told, format!("00-{trace}-{}-01", asking.id));
 }
 
 #[tokio::test]

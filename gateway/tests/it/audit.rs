@@ -185,6 +185,7 @@ async fn no_route_that_changes_something_is_forgotten() {
         ("POST", "/admin/keys/reload", "/admin/keys/reload", None, "keys.reload"),
         ("POST", "/admin/keys/rewrap", "/admin/keys/rewrap", None, "keys.rewrap"),
         ("POST", "/admin/keys/retire", "/admin/keys/retire", Some(json!({"id": "k9"})), "keys.retire"),
+        ("PUT", "/admin/log", "/admin/log", Some(json!({"filter": "info"})), "log.filter"),
     ];
     for (method, pattern, path, body, action) in steps {
         let request = api.request(method.parse().unwrap(), path);

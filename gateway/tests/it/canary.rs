@@ -22,6 +22,7 @@ use sha2::{Digest, Sha256};
 use self::search::{Canaries, Places, Shape};
 use crate::{
     FIXTURE,
+    collector::Collector,
     deployment::{Answer, Data, Deployment, eventually},
     packages, stored,
 };
@@ -69,6 +70,8 @@ impl Bus {
 struct World {
     data: Data,
     bus: Option<Bus>,
+    collector: Collector,
+    collector_key: String,
     registry: registry::Registry,
     authorization: Authorization,
     plain: Remote,
@@ -86,15 +89,18 @@ impl World {
     async fn new() -> Self {
         let authorization = Authorization::start_with(Settings::default());
         let guarded = Remote::start(FIXTURE, &["--auth", &authorization.issuer()]);
+        let mut secrets = Canaries::new();
         Self {
             data: Data::new(),
             bus: if crate::CLUSTER { Some(Bus::start().await) } else { None },
+            collector: Collector::start().await,
+            collector_key: secrets.value(Shape::Token),
             registry: packages::registry(),
             authorization,
             plain: Remote::start(FIXTURE, &[]),
             guarded,
             places: Places::default(),
-            secrets: Canaries::new(),
+            secrets,
             arguments: Canaries::new(),
             expected: BTreeMap::new(),
             minted: Vec::new(),
@@ -104,6 +110,8 @@ impl World {
     async fn start(&self) -> Deployment {
         let mut builder = packages::from(&self.registry).data(&self.data).env("RUST_LOG", "trace");
         builder = builder.env("EGRESS_ALLOW", "127.0.0.0/8");
+        builder = builder.env("OTEL_EXPORTER_OTLP_ENDPOINT", self.collector.url());
+        builder = builder.env("OTEL_EXPORTER_OTLP_HEADERS", format!("x-key={}", self.collector_key));
         if let Some(bus) = &self.bus {
             builder = builder.env("NATS_URL", bus.server.url());
         }
@@ -454,7 +462,7 @@ async fn fifty_secrets_are_found_nowhere_but_in_their_servers() {
     api.stop().await;
     world.places.add_files("in the end", world.data.path());
 
-    let World { mut places, bus, secrets, arguments, minted, data, .. } = world;
+    let World { mut places, bus, collector, collector_key, secrets, arguments, minted, data, .. } = world;
     assert!(secrets.made() >= SECRETS, "only {} secrets", secrets.made());
     if let Some(bus) = bus {
         let seen = std::mem::take(&mut *bus.seen.lock().unwrap());
@@ -462,6 +470,12 @@ async fn fifty_secrets_are_found_nowhere_but_in_their_servers() {
         for (subject, message) in seen {
             places.add(format!("bus: {subject}"), message);
         }
+    }
+    assert!(collector.keys().iter().all(|key| *key == collector_key), "the credential was sent");
+    let batches = collector.bodies();
+    println!("{} batches of spans", batches.len());
+    for batch in batches {
+        places.add("traces", batch);
     }
     let minted: Vec<_> = minted
         .iter()
@@ -478,6 +492,7 @@ async fn fifty_secrets_are_found_nowhere_but_in_their_servers() {
     // The search finds what is there.
     assert_eq!(places.find(&[arguments.mark()], &[]).is_empty(), !crate::CLUSTER, "arguments are on the bus");
     assert!(places.named("at last: ").any(|text| text.contains("duration_ms")), "logs are among the files");
+    assert!(places.named("traces").any(|text| text.contains("error.type")), "failures are among the spans");
     assert!(
         places.named("at last: stored in ").any(|text| text.contains("$mg1$")),
         "what is stored is searched"

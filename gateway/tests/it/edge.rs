@@ -48,6 +48,7 @@ const BODIES: &[(&str, &str)] = &[
     ("PUT", "/mcp/servers/echo"),
     ("POST", "/secrets/set"),
     ("POST", "/secrets/delete"),
+    ("PUT", "/admin/log"),
 ];
 
 /// The most of a client's words that an answer may repeat.

@@ -12,6 +12,7 @@ mod bad_inputs;
 mod calls;
 mod canary;
 mod children;
+mod collector;
 mod compat;
 mod cycles;
 mod deployment;
@@ -29,6 +30,7 @@ mod keys;
 mod lifecycle;
 mod listings;
 mod logins;
+mod logs;
 mod metrics;
 mod oauth;
 mod ordinary_user;
@@ -49,6 +51,7 @@ mod settings_cluster;
 mod smoke;
 mod stored;
 mod tokens;
+mod traces;
 
 use fixture::FIXTURE;
 

@@ -4,12 +4,12 @@ use std::{sync::Arc, time::Duration};
 
 use async_nats::Subscriber;
 use futures_util::StreamExt;
-use mcp_shared::fleet::NodeReport;
+use mcp_shared::{error::WorkerError, fleet::NodeReport, telemetry};
 use tokio::{sync::watch, time::sleep};
 
 use super::{Inner, lock};
 use crate::{
-    caller::Now,
+    caller::{Now, bus_unavailable},
     fleet::BEAT,
     wire::{self, Beat},
 };
@@ -36,6 +36,10 @@ impl Inner {
             let now = self.bus.now();
             match beat {
                 Beat::Gone(node) => self.fleet_mut().left(&node),
+                Beat::Log(filter) => match telemetry::set_filter(filter.as_deref()) {
+                    Ok(()) => {}
+                    Err(error) => tracing::warn!(%error, "a log filter of another node was passed over"),
+                },
                 Beat::Here(report) => self.meet(now, report),
                 Beat::Hello(report) => {
                     if report.id != *self.bus.node() {
@@ -101,6 +105,19 @@ impl Inner {
         let me = (self.describe)();
         lock(&self.me).clone_from(&me);
         self.say(&Beat::Here(me)).await;
+    }
+
+    /// Has all nodes that hear it log by a filter; this one is among them.
+    pub(super) async fn filter_logs(&self, filter: Option<&str>) -> Result<(), WorkerError> {
+        if !self.is_up() {
+            return Err(bus_unavailable());
+        }
+        let subject = self.bus.subjects().beat(self.bus.node());
+        let said = self.bus.send(subject, &Beat::Log(filter.map(str::to_owned)), &[]).await;
+        said.map_err(|error| {
+            tracing::warn!(error.cause = %error, "other nodes were not told of a log filter");
+            bus_unavailable()
+        })
     }
 
     async fn say(&self, beat: &Beat) {

@@ -88,6 +88,7 @@ impl Inner {
                             placing,
                             idempotency: call.request.idempotency.clone(),
                         },
+                        trace: call.context.trace.clone(),
                     });
                     self.tell(&worker, attempt, &offer, &[]).await
                 }

@@ -105,6 +105,7 @@ impl Inner {
             user: offer.user,
             timeout: offer.timeout_ms.map(Duration::from_millis),
             spent: Duration::from_millis(offer.spent_ms),
+            trace: offer.trace,
         };
         let mut reservation = {
             let mut reserved = self.host.reserve(context, offer.call);

@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use async_nats::service::Request;
+use async_nats::{HeaderMap, service::Request};
 use bytes::Bytes;
 use futures_util::StreamExt;
 use mcp_shared::{
@@ -12,6 +12,7 @@ use mcp_shared::{
     json::RawJson,
     limits,
     metrics::{self, Limit},
+    trace::{self, Key, Kind, Trace},
     worker_api::{CallContext, ToolCall, WorkerApi},
 };
 use serde::Deserialize;
@@ -114,9 +115,18 @@ impl Inner {
         let id = RequestId::generate();
         let (id, result) =
             match read(self.bus.subjects(), &request.message.subject, &request.message.payload, id.clone()) {
-                Ok((context, call)) => {
+                Ok((mut context, call)) => {
                     let id = context.request_id.clone();
-                    (id, self.call(context, call).await)
+                    let received = request.message.headers.as_ref().and_then(received);
+                    let (mut span, trace) = trace::begin(received, Kind::Server, || "call".into());
+                    span.say(Key::Messaging, || "nats");
+                    context.trace = trace;
+                    let result = self.call(context, call).await;
+                    match &result {
+                        Ok(_) => span.end(),
+                        Err(error) => span.fail(error.code.as_str()),
+                    }
+                    (id, result)
                 }
                 Err(error) => (id, Err(error.outcome(Outcome::NotStarted))),
             };
@@ -144,6 +154,16 @@ impl Inner {
         let stream = self.router.call_tool(context, call).await.map_err(not_started)?;
         stream.result().await.map_err(|error| error.or_outcome(Outcome::Unknown))
     }
+}
+
+/// Where a service says that its call belongs.
+fn received(headers: &HeaderMap) -> Option<Trace> {
+    // Libraries spell them in several ways, and NATS leaves them so.
+    Trace::received(|name| {
+        let fields =
+            headers.iter().filter(move |(field, _)| AsRef::<str>::as_ref(*field).eq_ignore_ascii_case(name));
+        fields.flat_map(|(_, values)| values).map(|value| value.as_str().as_bytes())
+    })
 }
 
 /// What a service wants, by the subject and the body of its request.
@@ -185,7 +205,7 @@ pub(crate) fn read(
         Some(millis) => Some(Duration::from_millis(millis).min(limits::TOOL_TIMEOUT_MAX)),
         None => None,
     };
-    let context = CallContext { request_id, user, timeout, spent: Duration::ZERO };
+    let context = CallContext { request_id, user, timeout, spent: Duration::ZERO, trace: None };
     Ok((context, ToolCall { server, tool, arguments, progress: false, idempotency: None }))
 }
 

@@ -34,6 +34,7 @@ fn an_error_keeps_all_it_says() {
 fn messages_of_version_1_are_understood() {
     let to_worker = [
         r#"{"offer":{"version":1,"request":"r-1","user":"default","timeoutMs":500,"spentMs":3,"size":17,"router":"g-1","call":{"server":"everything","tool":"echo","progress":false,"placing":"owned"},"later":1}}"#,
+        r#"{"offer":{"version":1,"request":"r-1","user":"default","spentMs":0,"size":2,"router":"g-1","call":{"server":"everything","tool":"echo","progress":false,"placing":"take"},"trace":{"parent":"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01","state":"a=b","baggage":"c=d","later":1}}}"#,
         r#"{"go":{"n":0,"total":17}}"#,
         r#"{"go":{"n":3,"total":1000000,"sha256":"00","later":[]}}"#,
         r#""cancel""#,
@@ -52,6 +53,10 @@ fn messages_of_version_1_are_understood() {
         let ((read, _), body) =
             decode::<(CallId, ToWorker)>(&payload).unwrap_or_else(|error| panic!("{line}: {error}"));
         assert_eq!((read, body), (id, Bytes::from("body")));
+    }
+    for line in [r#"{"log":"info,mcp_worker=debug"}"#, r#"{"log":null}"#] {
+        let (beat, _) = decode::<Beat>(&Bytes::from(format!("{line}\n"))).unwrap();
+        assert!(matches!(beat, Beat::Log(_)));
     }
     let to_router = [
         r#"{"wait":{"limit_ms":60000}}"#,
@@ -72,6 +77,7 @@ fn messages_of_version_1_are_understood() {
     }
     let (offer, _) = decode::<ToWorker>(&Bytes::from(format!("{}\n", to_worker[0]))).unwrap();
     let ToWorker::Offer(offer) = offer else { panic!("{offer:?}") };
+    assert_eq!(offer.trace, None);
     assert_eq!(offer.call.tool, ToolName::from_stored("echo"));
     assert_eq!((offer.timeout_ms, offer.call.placing), (Some(500), Placing::Owned));
 }

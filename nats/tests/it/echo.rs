@@ -237,6 +237,10 @@ impl WorkerApi for Echo {
         Ok(servers.iter().map(|server| self.report_on(server)).collect())
     }
 
+    async fn filter_logs(&self, _: Option<&str>) -> Result<(), WorkerError> {
+        Ok(())
+    }
+
     async fn ready(&self) -> Result<(), WorkerError> {
         Ok(())
     }

@@ -85,7 +85,8 @@ pub async fn begin(
     timeout: Option<Duration>,
 ) -> Result<CallStream, WorkerError> {
     let user = UserId::from_stored("anna");
-    let context = CallContext { request_id: RequestId::generate(), user, timeout, spent: Duration::ZERO };
+    let context =
+        CallContext { request_id: RequestId::generate(), user, timeout, spent: Duration::ZERO, trace: None };
     let call = ToolCall {
         idempotency: None,
         server: ServerName::from_stored(server),

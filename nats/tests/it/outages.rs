@@ -65,6 +65,7 @@ async fn a_large_answer_that_was_lost_is_sent_again_in_full() {
             progress: false,
             placing: Placing::Owned,
         },
+        trace: None,
     };
     tell(&router, &worker.id, id, ToWorker::Offer(offer), &[]).await;
     assert!(matches!(answer(&mut inbox).await.0, ToRouter::Accept { .. }));

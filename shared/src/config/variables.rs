@@ -28,6 +28,8 @@ pub enum Group {
     Secrets,
     /// What is logged and how.
     Logging,
+    /// What is told of calls to a collector of traces.
+    Traces,
     /// Who did what.
     Audit,
     /// Which programs may be servers.
@@ -49,6 +51,7 @@ impl Group {
         Group::Storage,
         Group::Secrets,
         Group::Logging,
+        Group::Traces,
         Group::Audit,
         Group::Children,
         Group::Packages,
@@ -65,6 +68,7 @@ impl Group {
             Group::Storage => "Storage",
             Group::Secrets => "Secrets",
             Group::Logging => "Logging",
+            Group::Traces => "Traces",
             Group::Audit => "Audit",
             Group::Children => "Programs that may be servers",
             Group::Packages => "Packages and built-in tools",
@@ -109,7 +113,8 @@ impl Variable {
 
 /// Columns that [`help_text`] uses at most.
 const WIDTH: usize = 100;
-/// The column in which its explanations begin; the longest name and two spaces fit before it.
+/// The column in which its explanations begin. Most names and two spaces fit before it; after others it begins on a
+/// line of its own.
 const INDENT: usize = 28;
 
 /// The table for `--help`: by group, wrapped to 100 columns.
@@ -123,6 +128,11 @@ pub fn help_text() -> String {
                 let _ = write!(text, " [default: {}]", variable.default);
             }
             let mut line = format!("  {:<width$}", variable.name, width = INDENT - 2);
+            if variable.name.len() + 4 > INDENT {
+                out.push_str(&line);
+                out.push('\n');
+                line = " ".repeat(INDENT);
+            }
             let mut empty = true;
             // Lists without spaces may be longer than a line, so commas are places to break at as well.
             for piece in text.split_inclusive([' ', ',']) {
@@ -179,8 +189,8 @@ mod tests {
     fn help_names_everything_and_fits() {
         let help = help_text();
         for variable in VARIABLES {
-            assert!(help.contains(&format!("\n  {} ", variable.name)), "{}", variable.name);
-            assert!(variable.name.len() + 4 <= INDENT, "{}", variable.name);
+            let line = help.lines().find_map(|line| line.strip_prefix("  ")?.strip_prefix(variable.name));
+            assert!(line.is_some_and(|rest| rest.is_empty() || rest.starts_with(' ')), "{}", variable.name);
             assert!(variable.help.ends_with('.'), "{}", variable.name);
         }
         for line in help.lines() {

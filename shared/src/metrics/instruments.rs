@@ -43,7 +43,12 @@ impl<L: Closed, const N: usize> Counts<L, N> {
 
     /// Counts one.
     pub fn one(&self, label: L) {
-        self.0[label.index()].add(1);
+        self.add(label, 1);
+    }
+
+    /// Counts several at once.
+    pub fn add(&self, label: L, many: u64) {
+        self.0[label.index()].add(many);
     }
 
     /// What was counted so far.

@@ -307,6 +307,15 @@ closed! {
 }
 
 closed! {
+    /// Why a span did not get to the collector of traces.
+    SpanLoss {
+        QueueFull = "queue_full", "More came than could be sent.";
+        Failed = "export_failed", "The collector could not be reached, or did not take the batch.";
+        Rejected = "rejected", "The collector took the batch, but not this.";
+    }
+}
+
+closed! {
     /// How requests were answered, by the first digit of the status.
     StatusClass {
         Success = "2xx", "It was done.";

@@ -5,7 +5,7 @@ use prometheus_client::{metrics::MetricType, registry::Unit};
 
 use super::labels::{
     BusTrouble, CallEnd, Carrier, Direction, Gone, JobEnd, JobWork, Limit, Pooled, Refreshed, Reply,
-    SecretSource, Stage, Started, Status, StatusClass, StoreEnd, StoreWork,
+    SecretSource, SpanLoss, Stage, Started, Status, StatusClass, StoreEnd, StoreWork,
 };
 use crate::{audit::Event, crypter::CryptoErrorKind, error::ErrorCode};
 
@@ -183,6 +183,8 @@ metrics! {
     ToolChanges = "mcp_tool_changes", Counter, NONE, [], All, "How often a server listed tools otherwise than before, with nothing changed in its record";
     ProgressDropped = "mcp_progress_dropped", Counter, NONE, [], All, "Progress events that were dropped because their readers were slow";
     LogDropped = "mcp_log_dropped", Counter, NONE, [], All, "Lines of the log that were dropped because their reader was slow";
+    SpansExported = "mcp_trace_spans_exported", Counter, NONE, [], All, "Spans that the collector of traces took";
+    SpansDropped = "mcp_trace_spans_dropped", Counter, NONE, [label::<SpanLoss>("reason")], All, "Spans that the collector of traces did not get";
     Jobs = "mcp_install_jobs", Counter, NONE, [label::<JobWork>("kind"), label::<JobEnd>("outcome")], Workers, "Turns of this worker at jobs, by what came of them";
     JobDuration = "mcp_install_job_duration", Histogram, SECONDS, [label::<JobWork>("kind")], Workers, "Time of a turn at a job";
     JobsRunning = "mcp_install_jobs_running", Gauge, NONE, [], Workers, "Jobs that this worker is at";
@@ -290,6 +292,7 @@ pub fn markdown_labels() -> String {
         StoreOperations "operation" StoreWork,
         StoreOperations "outcome" StoreEnd,
         BusErrors "kind" BusTrouble,
+        SpansDropped "reason" SpanLoss,
         SecretReads "source" SecretSource,
         TokenRefreshes "result" Refreshed,
     }

@@ -46,6 +46,7 @@
 //! | `log_secret` | anything | writes its arguments to standard error |
 //! | `log_env` | `name` | writes that variable to standard error; not listed |
 //! | `digest` | `of` | the SHA-256 of the argument of that name, or else of the variable, in hex: what shows that a secret came, and not which; not listed |
+//! | `meta` | | the `_meta` of the call as compact JSON, or `null`; not listed |
 //! | `touch` | `path`, `text` | appends a line to a file, with one write |
 //! | `record` | `path`, `id`, `ms?`, `KEY?`, `lock?` | appends `run ID PID KEY` to a file, then takes its time; `clash` instead of `run` if another process has the `lock` |
 //! | `server_request` | | sends `roots/list` and `ping` to the client; answers what came back within 5 s |

@@ -10,13 +10,13 @@ use std::{
 };
 
 use bytes::Bytes;
-use mcp_shared::{error::WorkerError, json::RawJson, limits, worker_api::CallEvent};
+use mcp_shared::{error::WorkerError, json::RawJson, limits, trace::Trace, worker_api::CallEvent};
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use zeroize::Zeroize;
 
 use self::incoming::Noise;
-use super::message::{self, Message, RpcError};
+use super::message::{self, Message, Meta, RpcError};
 use crate::logs::Log;
 
 mod incoming;
@@ -142,6 +142,15 @@ pub(super) struct Payload {
     pub(super) bytes: Vec<u8>,
     /// They carry somebody's secrets, which are wiped when they are gone.
     pub(super) secret: bool,
+    /// Where what is asked for belongs.
+    pub(super) trace: Option<Trace>,
+}
+
+impl Payload {
+    /// One without secrets.
+    pub(super) fn plain(bytes: Vec<u8>) -> Self {
+        Self { bytes, secret: false, trace: None }
+    }
 }
 
 impl AsRef<[u8]> for Payload {
@@ -170,7 +179,7 @@ impl Frame {
     pub(super) fn into_payload(self) -> Option<Payload> {
         match self {
             Frame::Request(ticket) => ticket.take(),
-            Frame::Plain(bytes) => Some(Payload { bytes, secret: false }),
+            Frame::Plain(bytes) => Some(Payload::plain(bytes)),
         }
     }
 }
@@ -208,19 +217,26 @@ impl Connection {
 
     /// Sends a request and waits for its result.
     pub async fn request(&self, method: &str, params: &str) -> Result<RawJson, Failure> {
-        self.begin(None, false, |id| message::request(id, method, params)).await?.answer().await
+        self.begin(None, |id| Payload::plain(message::request(id, method, params))).await?.answer().await
     }
 
-    /// Sends a tool call. `arguments` is a JSON object; `secret` says that secrets are among them.
+    /// Sends a tool call. `arguments` is a JSON object; `secret` says that secrets are among them; `trace`, where the
+    /// server's work belongs.
     pub async fn call_tool(
         &self,
         tool: &str,
         arguments: &[u8],
         secret: bool,
         progress: Option<mpsc::Sender<CallEvent>>,
+        trace: Option<Trace>,
     ) -> Result<InFlight, Failure> {
         let wanted = progress.is_some();
-        self.begin(progress, secret, |id| message::tool_call(id, tool, arguments, self.meta(), wanted)).await
+        self.begin(progress, |id| {
+            let meta = Meta { members: self.meta(), progress: wanted, trace: trace.as_ref() };
+            let bytes = message::tool_call(id, tool, arguments, &meta);
+            Payload { bytes, secret, trace }
+        })
+        .await
     }
 
     /// Sends a notification.
@@ -368,13 +384,12 @@ impl Connection {
     async fn begin(
         &self,
         progress: Option<mpsc::Sender<CallEvent>>,
-        secret: bool,
-        line: impl FnOnce(u64) -> Vec<u8>,
+        line: impl FnOnce(u64) -> Payload,
     ) -> Result<InFlight, Failure> {
         let not_begun = Failure::Closed { written: false };
         let room = self.outbox.reserve().await.map_err(|_| not_begun.clone())?;
         let id = self.shared.next_id.fetch_add(1, Ordering::Relaxed);
-        let payload = Mutex::new(Some(Payload { bytes: line(id), secret }));
+        let payload = Mutex::new(Some(line(id)));
         let ticket = Arc::new(Ticket { id, payload, taken: AtomicBool::new(false), gone: Notify::new() });
         let (sender, answer) = oneshot::channel();
         {

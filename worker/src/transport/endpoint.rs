@@ -291,7 +291,7 @@ fn is_ours(name: &HeaderName) -> bool {
     ];
     hop.contains(name)
         || name.as_str().starts_with("mcp-")
-        || matches!(name.as_str(), "keep-alive" | "last-event-id")
+        || matches!(name.as_str(), "keep-alive" | "last-event-id" | "traceparent" | "tracestate")
         || name.as_str().starts_with("proxy-")
 }
 

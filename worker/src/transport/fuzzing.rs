@@ -20,7 +20,7 @@ use tokio::io::{AsyncRead, ReadBuf};
 
 use super::{
     lines::{Line, Lines, id_in},
-    message::{Message, answer, tool_call},
+    message::{Message, Meta, answer, tool_call},
 };
 
 /// Limits of this target, in bytes: small, so that small inputs meet them.
@@ -163,7 +163,8 @@ fn document_without_twins(line: &[u8]) -> Option<Value> {
 }
 
 fn call_is_one_line(arguments: &RawJson) {
-    let line = tool_call(7, "a \"tool\"", arguments.as_bytes(), "", true);
+    let meta = Meta { progress: true, ..Meta::default() };
+    let line = tool_call(7, "a \"tool\"", arguments.as_bytes(), &meta);
     assert_eq!(line.iter().position(|byte| matches!(byte, b'\n' | b'\r')), Some(line.len() - 1));
     let Ok(sent) = arguments.read::<Value>() else { return };
     let call = match serde_json::from_slice::<Value>(&line) {

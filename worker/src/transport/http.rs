@@ -11,7 +11,13 @@ use std::{
 
 use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
-use mcp_shared::{error::ErrorCode, json::RawJson, limits, remote::Reconnection};
+use mcp_shared::{
+    error::ErrorCode,
+    json::RawJson,
+    limits,
+    remote::Reconnection,
+    trace::{TRACEPARENT, TRACESTATE, Trace},
+};
 use reqwest::Response;
 use secrecy::SecretString;
 use sse_stream::Sse;
@@ -44,6 +50,17 @@ const ASIDE_QUEUE: usize = 1_024;
 const SESSION_BYTES: usize = 1_024;
 /// The longest id of an event that is sent back.
 const EVENT_ID_BYTES: usize = 4_096;
+
+/// Says in headers where a request belongs, for whoever it passes through on its way.
+fn add_trace(trace: &Trace, headers: &mut HeaderMap) {
+    let parent = HeaderValue::from_str(&trace.parent.to_string()).ok();
+    let state = trace.state().and_then(|state| HeaderValue::from_str(state).ok());
+    for (name, value) in [(TRACEPARENT, parent), (TRACESTATE, state)] {
+        if let Some(value) = value {
+            headers.insert(HeaderName::from_static(name), value);
+        }
+    }
+}
 
 /// What was agreed upon with the server.
 #[derive(Clone, Default)]
@@ -274,7 +291,7 @@ impl Http {
     /// are sent side by side, and none may come before that.
     pub async fn initialized(&self) -> Result<(), Failure> {
         let bytes = message::notification("notifications/initialized", None);
-        self.tell(Payload { bytes, secret: false }).await
+        self.tell(Payload::plain(bytes)).await
     }
 
     /// Sends what has no answer.
@@ -308,6 +325,9 @@ impl Http {
         if self.dialect().stateless {
             let params = self.params.lock().unwrap_or_else(PoisonError::into_inner);
             standard(&payload.bytes, &params, &mut headers);
+        }
+        if let Some(trace) = payload.trace.take() {
+            add_trace(&trace, &mut headers);
         }
         // The line break of the other transport.
         if payload.bytes.last() == Some(&b'\n') {
@@ -483,7 +503,7 @@ async fn drive(http: Arc<Http>, mut queue: mpsc::Receiver<Frame>) {
             }
             Some(Frame::Plain(bytes)) => {
                 let http = Arc::clone(&http);
-                let payload = Payload { bytes, secret: false };
+                let payload = Payload::plain(bytes);
                 http.tasks.clone().spawn(async move { http.tell_aside(payload).await });
             }
             None => return,

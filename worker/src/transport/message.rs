@@ -1,9 +1,9 @@
 //! JSON-RPC envelopes. Only the envelope is read; results, parameters and errors stay raw.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, io::Write};
 
 use bytes::Bytes;
-use mcp_shared::{json::RawJson, limits};
+use mcp_shared::{json::RawJson, limits, trace::Trace};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
@@ -133,9 +133,65 @@ pub(super) fn answer(id: &RawJson, method: &str) -> Vec<u8> {
     line
 }
 
-/// A `tools/call` as one line. `arguments` is a JSON object; `meta` holds further members of `_meta`.
-pub(super) fn tool_call(id: u64, tool: &str, arguments: &[u8], meta: &str, progress: bool) -> Vec<u8> {
-    let mut line = Vec::with_capacity(arguments.len() + tool.len() + meta.len() + 128);
+/// The `_meta` of a call.
+#[derive(Default)]
+pub(super) struct Meta<'a> {
+    /// Members that the protocol wants, without braces.
+    pub(super) members: &'a str,
+    /// Progress is to be reported.
+    pub(super) progress: bool,
+    /// Where the server's work belongs.
+    pub(super) trace: Option<&'a Trace>,
+}
+
+impl Meta<'_> {
+    /// Bytes of what is traced, at most.
+    fn room(&self) -> usize {
+        let texts =
+            |trace: &Trace| 2 * trace.state().map_or(0, str::len) + trace.baggage().map_or(0, str::len) + 112;
+        self.trace.map_or(0, texts)
+    }
+
+    fn push(&self, line: &mut Vec<u8>, id: u64) {
+        if !self.progress && self.members.is_empty() && self.trace.is_none() {
+            return;
+        }
+        line.extend_from_slice(b",\"_meta\":{");
+        let mut first = true;
+        let mut member = |line: &mut Vec<u8>, name: &str| {
+            if !std::mem::take(&mut first) {
+                line.push(b',');
+            }
+            line.extend_from_slice(name.as_bytes());
+        };
+        if !self.members.is_empty() {
+            member(line, self.members);
+        }
+        if self.progress {
+            member(line, "\"progressToken\":");
+            line.extend_from_slice(id.to_string().as_bytes());
+        }
+        if let Some(trace) = self.trace {
+            member(line, "\"traceparent\":\"");
+            // Writing to memory does not fail.
+            let _ = write!(line, "{}\"", trace.parent);
+            if let Some(state) = trace.state() {
+                member(line, "\"tracestate\":");
+                push_string(line, state);
+            }
+            if let Some(baggage) = trace.baggage() {
+                member(line, "\"baggage\":");
+                push_string(line, baggage);
+            }
+        }
+        line.push(b'}');
+    }
+}
+
+/// A `tools/call` as one line. `arguments` is a JSON object.
+pub(super) fn tool_call(id: u64, tool: &str, arguments: &[u8], meta: &Meta<'_>) -> Vec<u8> {
+    let room = arguments.len() + tool.len() + meta.members.len() + meta.room() + 128;
+    let mut line = Vec::with_capacity(room);
     line.extend_from_slice(b"{\"jsonrpc\":\"2.0\",\"id\":");
     line.extend_from_slice(id.to_string().as_bytes());
     line.extend_from_slice(b",\"method\":\"tools/call\",\"params\":{\"name\":");
@@ -152,18 +208,7 @@ pub(super) fn tool_call(id: u64, tool: &str, arguments: &[u8], meta: &str, progr
             }
         }
     }
-    if progress || !meta.is_empty() {
-        line.extend_from_slice(b",\"_meta\":{");
-        line.extend_from_slice(meta.as_bytes());
-        if progress {
-            if !meta.is_empty() {
-                line.push(b',');
-            }
-            line.extend_from_slice(b"\"progressToken\":");
-            line.extend_from_slice(id.to_string().as_bytes());
-        }
-        line.push(b'}');
-    }
+    meta.push(&mut line, id);
     line.extend_from_slice(b"}}\n");
     line
 }
@@ -187,13 +232,27 @@ mod tests {
     #[test]
     fn a_call_is_one_line_whatever_its_arguments_look_like() {
         let arguments = "{\n  \"text\": \"a\\nb\",\r\n  \"n\": 1.0\n}";
-        let line = tool_call(7, "say \"hi\"", arguments.as_bytes(), "", true);
+        let trace = Trace::received(|name| {
+            let value = match name {
+                "traceparent" => "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+                "tracestate" => "a=\"b\\",
+                _ => "user=alice",
+            };
+            std::iter::once(value.as_bytes())
+        });
+        let meta = Meta { members: r#""x/y":{"z":1}"#, progress: true, trace: trace.as_ref() };
+        let line = tool_call(7, "say \"hi\"", arguments.as_bytes(), &meta);
+        assert!(line.capacity() < 600, "one piece of memory is enough: {}", line.capacity());
         let text = String::from_utf8(line).unwrap();
         assert_eq!(text.matches('\n').count(), 1);
         let value: serde_json::Value = serde_json::from_str(&text).unwrap();
         assert_eq!(value["params"]["name"], "say \"hi\"");
         assert_eq!(value["params"]["arguments"]["text"], "a\nb");
-        assert_eq!(value["params"]["_meta"]["progressToken"], 7);
+        let traced = serde_json::json!({"x/y": {"z": 1}, "progressToken": 7, "tracestate": "a=\"b\\",
+            "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "baggage": "user=alice"});
+        assert_eq!(value["params"]["_meta"], traced);
+        let plain = tool_call(7, "t", b"{}", &Meta::default());
+        assert!(plain.ends_with(b"\"arguments\":{}}}\n"), "{plain:?}");
         assert!(text.contains("1.0"));
     }
 

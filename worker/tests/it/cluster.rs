@@ -145,6 +145,7 @@ impl Node {
             user: user_id(user),
             timeout: Some(timeout),
             spent: Duration::ZERO,
+            trace: None,
         };
         let tool = ToolName::parse(tool).unwrap();
         self.worker
