@@ -1,6 +1,12 @@
 //! Those who call: one at the end of each path, with one call under way at a time.
 
-use std::{borrow::Cow, sync::Arc};
+use std::{
+    borrow::Cow,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
 use anyhow::{Result, bail, ensure};
 use bytes::Bytes;
@@ -44,6 +50,9 @@ impl Call {
     }
 }
 
+/// What is sent: the body, and what the answer must have in it.
+pub type Make = Arc<dyn Fn(u64) -> (Bytes, String) + Send + Sync>;
+
 /// One caller.
 pub enum Caller {
     /// Straight to the server.
@@ -52,6 +61,8 @@ pub enum Caller {
     Http(Client, Bytes),
     /// By HTTP, as mcpo has it.
     Mcpo(Client, String, Bytes),
+    /// By HTTP, something else each time: where to, what, and the number of the next one among all callers.
+    Varied(Client, &'static str, Make, Arc<AtomicU64>),
     /// Over NATS there and back, as often as said.
     Nats(async_nats::Client, &'static str, Bytes, usize),
 }
@@ -77,6 +88,12 @@ impl Caller {
                     bail!("a call of mcpo failed: {}", shown(&answer));
                 }
             }
+            Self::Varied(client, path, make, next) => {
+                let (body, expected) = make(next.fetch_add(1, Ordering::Relaxed));
+                let answer = client.post(path, body).await?;
+                let is_there = answer.windows(expected.len()).any(|part| part == expected.as_bytes());
+                ensure!(is_there, "{expected} is not in an answer: {}", shown(&answer));
+            }
             Self::Nats(client, subject, payload, trips) => {
                 for _ in 0..*trips {
                     let answer = client.request(*subject, payload.clone()).await?;
@@ -86,6 +103,22 @@ impl Caller {
         }
         Ok(())
     }
+}
+
+/// So many callers of a deployment who send something else each time.
+pub async fn varied(
+    addresses: &[String],
+    callers: usize,
+    path: &'static str,
+    make: Make,
+) -> Result<Vec<Caller>> {
+    let next = Arc::default();
+    let mut all = Vec::with_capacity(callers);
+    for address in addresses.iter().cycle().take(callers) {
+        let client = Client::connect(address).await?;
+        all.push(Caller::Varied(client, path, Arc::clone(&make), Arc::clone(&next)));
+    }
+    Ok(all)
 }
 
 /// The beginning of an answer.

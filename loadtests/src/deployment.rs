@@ -8,6 +8,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use futures_util::future::join_all;
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -21,7 +22,7 @@ use tokio::{
 };
 
 use crate::{
-    callers::{Call, Caller},
+    callers::{Call, Caller, shown},
     client::Client,
     servers::Launch,
 };
@@ -123,7 +124,7 @@ impl Deployment {
 
     async fn start(&mut self, kind: &'static str, at: usize, more: Vec<(String, String)>) -> Result<()> {
         let own = self.data.path().join(format!("{kind}-{at}"));
-        std::fs::create_dir(&own)?;
+        std::fs::create_dir_all(&own)?;
         let mut settings = self.settings.clone();
         settings.extend(more);
         let program = Program::start(&self.folder.join(format!("mcp-{kind}")), kind, &own, &settings).await?;
@@ -211,8 +212,36 @@ impl Deployment {
         Ok(callers)
     }
 
-    /// Stops the programs in order, all at once.
-    pub async fn stop(mut self) -> Result<()> {
+    /// Stops the programs and starts them again, all at once: how long it takes until a call is answered. Servers are
+    /// those that were registered before.
+    pub async fn restart(&mut self) -> Result<Duration> {
+        self.end().await?;
+        let (workers, gateways) = (self.workers.len(), self.gateways.len());
+        self.workers.clear();
+        self.gateways.clear();
+        let begun = Instant::now();
+        let (folder, data, settings) = (&self.folder, self.data.path(), &self.settings);
+        let cluster = self.database.is_some();
+        let start = |kind: &'static str, at: usize| async move {
+            let own = if cluster { data.join(format!("{kind}-{at}")) } else { data.to_owned() };
+            Program::start(&folder.join(format!("mcp-{kind}")), kind, &own, settings).await
+        };
+        let all = |kind, count| join_all((0..count).map(move |at| start(kind, at)));
+        let (new_workers, new_gateways) = tokio::join!(all("worker", workers), all("gateway", gateways));
+        self.workers = new_workers.into_iter().collect::<Result<_>>()?;
+        self.gateways = new_gateways.into_iter().collect::<Result<_>>()?;
+        let (mut client, body) = (self.client().await?, Call::echo(100).body());
+        loop {
+            let answer = client.post("/mcp/tool/call", body.clone()).await?;
+            if answer.starts_with(b"{\"success\":true") {
+                return Ok(begun.elapsed());
+            }
+            ensure!(begun.elapsed() < PATIENCE, "no call is answered: {}", shown(&answer));
+            sleep(Duration::from_millis(1)).await;
+        }
+    }
+
+    async fn end(&mut self) -> Result<()> {
         for program in self.gateways.iter().chain(&self.workers) {
             program.signal(Signal::SIGTERM)?;
         }
@@ -221,6 +250,12 @@ impl Deployment {
             let ended = ended.with_context(|| format!("a {} did not stop in time", program.kind))??;
             ensure!(ended.success(), "a {} did not stop in order: {ended}", program.kind);
         }
+        Ok(())
+    }
+
+    /// Stops the programs in order, all at once.
+    pub async fn stop(mut self) -> Result<()> {
+        self.end().await?;
         if let Some((uri, name)) = self.database.take() {
             mongodb::Client::with_uri_str(uri).await?.database(&name).drop().await?;
         }

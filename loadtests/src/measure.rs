@@ -29,7 +29,8 @@ impl Latencies {
         self.0.push(u32::try_from(latency.as_nanos() / 100).unwrap_or(u32::MAX));
     }
 
-    fn extend(&mut self, other: &Self) {
+    /// Adds others.
+    pub fn extend(&mut self, other: &Self) {
         self.0.extend_from_slice(&other.0);
     }
 
@@ -252,6 +253,63 @@ pub async fn open_loop(callers: Vec<Caller>, schedule: Schedule) -> Result<Open>
     let time = start.elapsed().max(schedule.time);
     open.per_second = open.latencies.count() as f64 / time.as_secs_f64();
     Ok(open)
+}
+
+/// Makes so many calls, shared out among the callers as they are free.
+pub async fn exactly(callers: Vec<Caller>, calls: u64) -> Result<Sample> {
+    let next = Arc::new(AtomicU64::new(0));
+    let mut tasks = JoinSet::new();
+    let start = Instant::now();
+    for mut caller in callers {
+        let next = Arc::clone(&next);
+        tasks.spawn(async move {
+            let mut latencies = Latencies::default();
+            while next.fetch_add(1, Ordering::Relaxed) < calls {
+                let begin = Instant::now();
+                caller.call().await?;
+                latencies.push(begin.elapsed());
+            }
+            anyhow::Ok(latencies)
+        });
+    }
+    let mut latencies = Latencies::default();
+    while let Some(one) = tasks.join_next().await {
+        latencies.extend(&one??);
+    }
+    let made = latencies.count();
+    Ok(Sample { latencies, time: start.elapsed(), made })
+}
+
+/// Calls a second that are answered between two moments, for calls that take a good part of that time.
+pub async fn window(callers: Vec<Caller>, before: Duration, time: Duration) -> Result<f64> {
+    let answered = Arc::new(AtomicU64::new(0));
+    let mut tasks = JoinSet::new();
+    for mut caller in callers {
+        let answered = Arc::clone(&answered);
+        tasks.spawn(async move {
+            loop {
+                // Dropped with the tasks, and the calls that are under way with it.
+                let called: Result<()> = caller.call().await;
+                if called.is_err() {
+                    return called;
+                }
+                answered.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+    }
+    let count = async {
+        tokio::time::sleep(before).await;
+        let (begun, first) = (Instant::now(), answered.load(Ordering::Relaxed));
+        tokio::time::sleep(time).await;
+        (answered.load(Ordering::Relaxed) - first) as f64 / begun.elapsed().as_secs_f64()
+    };
+    tokio::select! {
+        rate = count => Ok(rate),
+        failed = tasks.join_next() => {
+            failed.context("nobody calls")???;
+            anyhow::bail!("a caller has ended")
+        }
+    }
 }
 
 /// Makes one call of each caller, all at once: how long until the last one is answered.

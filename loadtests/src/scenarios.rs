@@ -1,6 +1,16 @@
 //! `run` and `report`: scenarios, each with its table, its picture and its budgets.
 
+mod bodies;
 mod closed;
+mod memory;
+mod mixed;
+mod open;
+mod scaling;
+mod servers;
+mod slow;
+mod soak;
+mod start;
+mod users;
 
 use std::{path::PathBuf, time::Instant};
 
@@ -21,6 +31,26 @@ use crate::{
 pub enum Scenario {
     /// 1 to 256 callers who wait for each answer, by every path and beside every floor.
     Closed,
+    /// Calls at fixed rates, whose latency counts from the moment at which they were to be made.
+    Open,
+    /// Texts of 100 bytes, 100 KB and 1 MB.
+    Bodies,
+    /// 200 calls of a tool that takes a second, all at once.
+    Slow,
+    /// Many servers, listed, and some of them called.
+    Servers,
+    /// Many users, each with a secret.
+    Users,
+    /// Calls beside those who change secrets.
+    Mixed,
+    /// A server with few slots, on one worker and more.
+    Scaling,
+    /// From the start of the programs to the first answered call.
+    Start,
+    /// Resident memory, idle and with many large bodies.
+    Memory,
+    /// A steady load for long: what grows.
+    Soak,
 }
 
 /// How to run them.
@@ -29,9 +59,6 @@ pub struct Options {
     /// Seconds instead of minutes: to see that all works, and not how well.
     #[arg(long)]
     pub quick: bool,
-    /// What the echo server is written in; may be given more than once.
-    #[arg(long, value_enum, default_values_t = [Language::Rust])]
-    pub server: Vec<Language>,
     /// Only this one of `single` and `cluster`.
     #[arg(long, value_enum)]
     pub shape: Option<Shape>,
@@ -58,6 +85,9 @@ pub struct RunOptions {
     /// Which ones.
     #[arg(required = true, value_enum)]
     scenarios: Vec<Scenario>,
+    /// What the echo server is written in; may be given more than once.
+    #[arg(long, value_enum, default_values_t = [Language::Rust])]
+    server: Vec<Language>,
     #[command(flatten)]
     options: Options,
     /// Where what was found is also written, as JSON that `report --from` reads.
@@ -127,7 +157,6 @@ pub async fn stop(targets: Vec<(Path, Target)>) -> Result<()> {
 /// `run`: runs, prints, and fails if a budget is not kept.
 pub async fn run(options: &RunOptions) -> Result<()> {
     let plan: Vec<_> = options
-        .options
         .server
         .iter()
         .flat_map(|language| options.scenarios.iter().map(|scenario| (*scenario, *language)))
@@ -191,6 +220,16 @@ impl Scenario {
     async fn perform(self, context: &Context<'_>) -> Result<Outcome> {
         match self {
             Self::Closed => closed::run(context).await,
+            Self::Open => open::run(context).await,
+            Self::Bodies => bodies::run(context).await,
+            Self::Slow => slow::run(context).await,
+            Self::Servers => servers::run(context).await,
+            Self::Users => users::run(context).await,
+            Self::Mixed => mixed::run(context).await,
+            Self::Scaling => scaling::run(context).await,
+            Self::Start => start::run(context).await,
+            Self::Memory => memory::run(context).await,
+            Self::Soak => soak::run(context).await,
         }
     }
 }
