@@ -1,20 +1,18 @@
 //! `calls`: the same call by every path, in turns.
 
-use std::{net::TcpListener, path::PathBuf, time::Duration};
+use std::{path::PathBuf, time::Duration};
 
-use anyhow::{Context, Result};
-use bytes::Bytes;
-use clap::{Args, ValueEnum};
-use mcp_shared::testing::services::{self, NatsServer};
-use serde_json::json;
+use anyhow::Result;
+use clap::Args;
 
 use crate::{
     allocations::Counter,
-    bus::Responder,
-    cost::{Meter, Meters, varz},
+    callers::Call,
+    cost::{Meter, Meters},
     deployment::{Cluster, Deployment},
-    direct,
-    measure::{Sample, Summary, median},
+    measure::{Sample, Summary, closed_loop, median},
+    paths::{Path, Stage, Target},
+    servers::{Language, Launch},
     table,
 };
 
@@ -50,41 +48,6 @@ pub struct Options {
     programs: Option<PathBuf>,
 }
 
-/// How a call gets to the server.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Path {
-    /// To the server's standard input.
-    Direct,
-    /// By HTTP to one program.
-    Single,
-    /// By HTTP to a cluster.
-    Cluster,
-    /// Not at all: NATS there and back.
-    Nats,
-    /// The same twice in sequence, as a handshake takes.
-    Handshake,
-}
-
-impl Path {
-    /// As the tables have it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Direct => "direct stdio",
-            Self::Single => "single node",
-            Self::Cluster => "cluster",
-            Self::Nats => "NATS, 1 trip",
-            Self::Handshake => "NATS, 2 trips",
-        }
-    }
-}
-
-/// What there is at the other end of a path.
-enum Target {
-    Direct(direct::Server),
-    Http(Deployment),
-    Nats { responder: Responder, trips: usize },
-}
-
 /// A path, and what was measured on it.
 struct Track {
     path: Path,
@@ -95,19 +58,27 @@ struct Track {
 /// Everything that is needed to start something.
 struct Bench<'a> {
     options: &'a Options,
-    folder: PathBuf,
-    nats: NatsServer,
-    monitoring: String,
-    mongo: &'static str,
-    text: String,
-    body: Bytes,
+    stage: Stage,
+    launch: Launch,
+    call: Call,
 }
+
+/// What is measured where nothing else is asked for.
+const PATHS: [Path; 7] = [
+    Path::Direct,
+    Path::FloorHttp,
+    Path::FloorCluster,
+    Path::Single,
+    Path::Cluster,
+    Path::Nats,
+    Path::Handshake,
+];
 
 /// Measures and prints.
 pub async fn run(options: &Options) -> Result<()> {
     let bench = Bench::new(options).await?;
-    table::machine(&bench.folder, &bench.nats_version().await?).await?;
-    let paths = if options.only.is_empty() { Path::value_variants() } else { options.only.as_slice() };
+    table::machine(&bench.stage.programs, &bench.stage.nats_version().await?).await?;
+    let paths = if options.only.is_empty() { PATHS.as_slice() } else { options.only.as_slice() };
     let mut tracks = Vec::new();
     for path in paths {
         tracks.push(bench.track(*path).await?);
@@ -116,7 +87,7 @@ pub async fn run(options: &Options) -> Result<()> {
         "closed loop, {} byte text ({} byte body), {} rounds of {} s each in turn, medians; \
          {} gateways and {} workers in the cluster",
         options.bytes,
-        bench.body.len(),
+        bench.call.body().len(),
         options.rounds,
         options.seconds,
         options.gateways,
@@ -139,7 +110,7 @@ pub async fn run(options: &Options) -> Result<()> {
             table::memory(track.path, "worker", &deployment.workers())?;
         }
     }
-    table::load_average("at the end");
+    println!("load average at the end: {}", table::load_average());
     bench.end(tracks).await?;
     if options.allocations {
         bench.allocations().await?;
@@ -149,34 +120,18 @@ pub async fn run(options: &Options) -> Result<()> {
 
 impl<'a> Bench<'a> {
     async fn new(options: &'a Options) -> Result<Self> {
-        let folder = match &options.programs {
-            Some(folder) => folder.clone(),
-            None => std::env::current_exe()?.parent().context("no folder")?.to_owned(),
-        };
-        let text = "x".repeat(options.bytes);
-        let body = json!({"serverName": "echo", "methodName": "echo", "args": {"text": text}}).to_string();
-        // NATS does not say which port it has drawn for its monitoring page, so one is drawn here.
-        let monitoring = TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string();
-        let config = format!("http: \"{monitoring}\"");
-        let started =
-            tokio::task::spawn_blocking(move || (NatsServer::start(&config), services::shared_mongo()));
-        let (nats, mongo) = started.await.context("NATS or the store did not start")?;
-        Ok(Self { options, folder, nats, monitoring, mongo, text, body: body.into() })
-    }
-
-    async fn nats_version(&self) -> Result<String> {
-        let version = varz(&self.monitoring).await?["version"].as_str().map(str::to_owned);
-        version.context("NATS has no version")
+        let stage = Stage::set(options.programs.as_ref()).await?;
+        let (launch, call) = (Language::Rust.launch().await?, Call::echo(options.bytes));
+        Ok(Self { options, stage, launch, call })
     }
 
     async fn track(&self, path: Path) -> Result<Track> {
-        let without = |_: &str| Vec::new();
         let target = match path {
-            Path::Direct => Target::Direct(direct::Server::start().await?),
-            Path::Single => Target::Http(Deployment::single(&self.folder, without).await?),
-            Path::Cluster => Target::Http(Deployment::cluster(&self.folder, &self.cluster(), without).await?),
-            Path::Nats => self.bus("load.one", 1).await?,
-            Path::Handshake => self.bus("load.two", 2).await?,
+            Path::Cluster => Target::Http(
+                Deployment::cluster(&self.stage.programs, &self.launch, &self.cluster(), |_| Vec::new())
+                    .await?,
+            ),
+            path => self.stage.start(path, &self.launch).await?,
         };
         let mut meters = vec![("load", Meter::Processor(vec![std::process::id()]))];
         let server = match &target {
@@ -185,32 +140,28 @@ impl<'a> Bench<'a> {
                 meters.push(("gateway", Meter::Processor(deployment.gateways())));
                 deployment.servers()
             }
-            Target::Nats { responder, .. } => responder.process().into_iter().collect(),
+            Target::Floor(floor) => {
+                meters.push(("gateway", Meter::Processor(floor.processes())));
+                vec![]
+            }
+            Target::Nats(_, responder, _) => responder.process().into_iter().collect(),
+            Target::Mcpo(mcpo) => mcpo.process().into_iter().collect(),
         };
         meters.push(("server", Meter::Processor(server)));
         if let (Path::Cluster, Target::Http(deployment)) = (path, &target) {
             meters.push(("worker", Meter::Processor(deployment.workers())));
         }
-        let on_nats = !matches!(path, Path::Direct | Path::Single);
+        let on_nats = path.on_nats();
         if on_nats {
-            meters.push(("nats", Meter::Processor(vec![self.nats.pid()])));
+            meters.push(("nats", Meter::Processor(vec![self.stage.nats.pid()])));
             meters.extend(table::NATS.map(|(name, _)| (name, Meter::Nats(name))));
         }
-        let meters = Meters::new(meters, on_nats.then(|| self.monitoring.clone())).await?;
+        let meters = Meters::new(meters, on_nats.then(|| self.stage.monitoring.clone())).await?;
         Ok(Track { path, target, meters })
     }
 
-    async fn bus(&self, subject: &'static str, trips: usize) -> Result<Target> {
-        Ok(Target::Nats { responder: Responder::start(&self.nats.url(), subject).await?, trips })
-    }
-
     fn cluster(&self) -> Cluster {
-        Cluster {
-            nats: self.nats.url(),
-            mongo: self.mongo.to_owned(),
-            gateways: self.options.gateways.into(),
-            workers: self.options.workers.into(),
-        }
+        self.stage.size(self.options.gateways.into(), self.options.workers.into())
     }
 
     /// Goes all paths in turn, as often as asked for: the samples, and the median costs by name.
@@ -219,11 +170,12 @@ impl<'a> Bench<'a> {
         tracks: &[Track],
         callers: u16,
         rounds: u64,
-    ) -> Result<Vec<(Path, Vec<Sample>, table::Costs)>> {
-        let mut measured: Vec<Vec<(Sample, Vec<f64>)>> = tracks.iter().map(|_| Vec::new()).collect();
+    ) -> Result<Vec<(Path, Vec<Summary>, table::Costs)>> {
+        let mut measured: Vec<Vec<(Summary, Vec<f64>)>> = tracks.iter().map(|_| Vec::new()).collect();
         for _ in 0..rounds {
             for (track, measured) in tracks.iter().zip(&mut measured) {
-                measured.push(track.meters.around(self.load(&track.target, callers)).await?);
+                let (sample, costs) = track.meters.around(self.load(&track.target, callers)).await?;
+                measured.push((sample.summary(), costs));
             }
         }
         let rows = tracks.iter().zip(measured).map(|(track, measured)| {
@@ -236,22 +188,18 @@ impl<'a> Bench<'a> {
     }
 
     async fn load(&self, target: &Target, callers: u16) -> Result<Sample> {
-        let (callers, time) = (callers.into(), Duration::from_secs(self.options.seconds));
-        match target {
-            Target::Direct(server) => server.load(callers, &self.text, time).await,
-            Target::Http(deployment) => deployment.load(callers, &self.body, time).await,
-            Target::Nats { responder, trips } => responder.load(callers, *trips, &self.body, time).await,
-        }
+        let callers = target.callers(callers.into(), &self.call).await?;
+        closed_loop(callers, Duration::from_secs(self.options.seconds)).await
     }
 
     /// Counts allocations of gateway and worker in processes of their own.
     async fn allocations(&self) -> Result<()> {
         let counter = Counter::build().await?;
         let env = |program: &str| counter.env(program);
-        let single = Deployment::single(&self.folder, env).await?;
+        let single = Deployment::single(&self.stage.programs, &self.launch, env).await?;
         let files =
             |kind: &str, count: u16| (0..count).map(|at| counter.file(&format!("{kind}-{at}"))).collect();
-        let cluster = Deployment::cluster(&self.folder, &self.cluster(), env).await?;
+        let cluster = Deployment::cluster(&self.stage.programs, &self.launch, &self.cluster(), env).await?;
         let (gateways, workers): (Vec<_>, Vec<_>) =
             (files("gateway", self.options.gateways), files("worker", self.options.workers));
         let single_meters = vec![
@@ -283,9 +231,7 @@ impl<'a> Bench<'a> {
 
     async fn end(&self, tracks: Vec<Track>) -> Result<()> {
         for track in tracks {
-            if let Target::Http(deployment) = track.target {
-                deployment.stop().await?;
-            }
+            track.target.stop().await?;
         }
         Ok(())
     }

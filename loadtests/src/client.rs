@@ -35,6 +35,11 @@ impl Client {
         self.send(Method::POST, path, body).await
     }
 
+    /// Reads what there is, as it is.
+    pub async fn read(&mut self, path: &str) -> Result<Bytes> {
+        Ok(self.send(Method::GET, path, Bytes::new()).await?.0)
+    }
+
     /// Reads a document.
     pub async fn get(&mut self, path: &str) -> Result<Value> {
         let (answer, _) = self.send(Method::GET, path, Bytes::new()).await?;

@@ -1,9 +1,14 @@
 //! The programs under test, started as their users start them: one alone, or a cluster.
 
-use std::{collections::BTreeMap, path::Path, process::Stdio, time::Duration};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    process::Stdio,
+    time::Duration,
+};
 
 use anyhow::{Context, Result, bail, ensure};
-use bytes::Bytes;
+use futures_util::future::join_all;
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -17,8 +22,9 @@ use tokio::{
 };
 
 use crate::{
+    callers::{Call, Caller, shown},
     client::Client,
-    measure::{Sample, closed_loop},
+    servers::Launch,
 };
 
 /// How long a program may take to start, to be seen, or to stop.
@@ -38,6 +44,10 @@ pub struct Cluster {
 
 /// A running deployment with an echo server registered.
 pub struct Deployment {
+    launch: Launch,
+    /// What further workers are started with.
+    settings: BTreeMap<String, String>,
+    folder: PathBuf,
     gateways: Vec<Program>,
     workers: Vec<Program>,
     servers: Vec<u32>,
@@ -48,20 +58,33 @@ pub struct Deployment {
 
 impl Deployment {
     /// Starts the program alone. `env` says what each program gets on top, by its name.
-    pub async fn single(folder: &Path, env: impl Fn(&str) -> Vec<(String, String)>) -> Result<Self> {
+    pub async fn single(
+        folder: &Path,
+        launch: &Launch,
+        env: impl Fn(&str) -> Vec<(String, String)>,
+    ) -> Result<Self> {
         let data = tempfile::tempdir()?;
         let mut settings: BTreeMap<String, String> = env("gateway").into_iter().collect();
         settings.insert("PORT".to_owned(), "0".to_owned());
         settings.insert("DATA_DIR".to_owned(), data.path().display().to_string());
         let gateway = Program::start(&folder.join("mcp-gateway"), "gateway", data.path(), &settings).await?;
-        let deployment =
-            Self { gateways: vec![gateway], workers: vec![], servers: vec![], database: None, data };
+        let deployment = Self {
+            launch: launch.clone(),
+            settings,
+            folder: folder.to_owned(),
+            gateways: vec![gateway],
+            workers: vec![],
+            servers: vec![],
+            database: None,
+            data,
+        };
         deployment.register().await
     }
 
     /// Starts a cluster, and waits until its gateways see its workers.
     pub async fn cluster(
         folder: &Path,
+        launch: &Launch,
         cluster: &Cluster,
         env: impl Fn(&str) -> Vec<(String, String)>,
     ) -> Result<Self> {
@@ -82,6 +105,9 @@ impl Deployment {
         let settings: BTreeMap<String, String> =
             settings.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
         let mut deployment = Self {
+            launch: launch.clone(),
+            settings,
+            folder: folder.to_owned(),
             gateways: vec![],
             workers: vec![],
             servers: vec![],
@@ -90,33 +116,48 @@ impl Deployment {
         };
         let kinds = [("worker", cluster.workers), ("gateway", cluster.gateways)];
         for (kind, at) in kinds.iter().flat_map(|(kind, count)| (0..*count).map(move |at| (*kind, at))) {
-            let own = deployment.data.path().join(format!("{kind}-{at}"));
-            std::fs::create_dir(&own)?;
-            let mut settings = settings.clone();
-            settings.extend(env(&format!("{kind}-{at}")));
-            let program = Program::start(&folder.join(format!("mcp-{kind}")), kind, &own, &settings).await?;
-            let programs = if kind == "worker" { &mut deployment.workers } else { &mut deployment.gateways };
-            programs.push(program);
+            deployment.start(kind, at, env(&format!("{kind}-{at}"))).await?;
         }
-        for gateway in &deployment.gateways {
+        deployment.seen().await?;
+        deployment.register().await
+    }
+
+    async fn start(&mut self, kind: &'static str, at: usize, more: Vec<(String, String)>) -> Result<()> {
+        let own = self.data.path().join(format!("{kind}-{at}"));
+        std::fs::create_dir_all(&own)?;
+        let mut settings = self.settings.clone();
+        settings.extend(more);
+        let program = Program::start(&self.folder.join(format!("mcp-{kind}")), kind, &own, &settings).await?;
+        let programs = if kind == "worker" { &mut self.workers } else { &mut self.gateways };
+        programs.push(program);
+        Ok(())
+    }
+
+    /// Adds a worker to a cluster, and waits until all gateways see it.
+    pub async fn add_worker(&mut self) -> Result<()> {
+        self.start("worker", self.workers.len(), Vec::new()).await?;
+        self.seen().await
+    }
+
+    async fn seen(&self) -> Result<()> {
+        for gateway in &self.gateways {
             let mut client = Client::connect(&gateway.address).await?;
             let begun = Instant::now();
             loop {
                 let fleet = client.get("/fleet").await?;
-                if fleet["workers"].as_array().map(Vec::len) == Some(cluster.workers) {
+                if fleet["workers"].as_array().map(Vec::len) == Some(self.workers.len()) {
                     break;
                 }
                 ensure!(begun.elapsed() < PATIENCE, "a gateway does not see all workers: {fleet}");
                 sleep(Duration::from_millis(50)).await;
             }
         }
-        deployment.register().await
+        Ok(())
     }
 
     async fn register(mut self) -> Result<Self> {
         self.add("echo", json!({})).await?;
-        let gateway = self.gateways.first().context("no gateway")?;
-        let server = Client::connect(&gateway.address).await?.get("/mcp/servers/echo").await?;
+        let server = self.client().await?.get("/mcp/servers/echo").await?;
         let instances = server["server"]["instances"].as_array().context("no instances")?;
         self.servers = instances.iter().filter_map(|one| u32::try_from(one["pid"].as_u64()?).ok()).collect();
         Ok(self)
@@ -124,9 +165,8 @@ impl Deployment {
 
     /// Registers the echo server under a name, with further fields of its record.
     pub async fn add(&self, name: &str, more: Value) -> Result<()> {
-        let gateway = self.gateways.first().context("no gateway")?;
-        let mut client = Client::connect(&gateway.address).await?;
-        let mut record = json!({"name": name, "command": std::env::current_exe()?, "args": ["echo-server"]});
+        let mut client = self.client().await?;
+        let mut record = json!({"name": name, "command": self.launch.command, "args": self.launch.args});
         if let (Some(record), Value::Object(more)) = (record.as_object_mut(), more) {
             record.extend(more);
         }
@@ -136,6 +176,11 @@ impl Deployment {
         let answer = String::from_utf8_lossy(&answer);
         ensure!(answer.contains("\"connected\""), "the echo server did not connect: {answer}");
         Ok(())
+    }
+
+    /// A connection to the first gateway.
+    pub async fn client(&self) -> Result<Client> {
+        Client::connect(&self.gateways.first().context("no gateway")?.address).await
     }
 
     /// Where the gateways listen.
@@ -158,24 +203,45 @@ impl Deployment {
         self.servers.clone()
     }
 
-    /// Calls `echo` from so many connections at once, which are spread over the gateways.
-    pub async fn load(&self, callers: usize, body: &Bytes, time: Duration) -> Result<Sample> {
-        let mut clients = Vec::new();
-        for gateway in self.gateways.iter().cycle().take(callers) {
-            clients.push((Client::connect(&gateway.address).await?, body.clone()));
+    /// So many callers, which are spread over the gateways.
+    pub async fn callers(&self, number: usize, call: &Call) -> Result<Vec<Caller>> {
+        let mut callers = Vec::with_capacity(number);
+        for gateway in self.gateways.iter().cycle().take(number) {
+            callers.push(Caller::Http(Client::connect(&gateway.address).await?, call.body()));
         }
-        closed_loop(clients, time, async |(mut client, body): (Client, Bytes)| {
-            let answer = client.post("/mcp/tool/call", body.clone()).await?;
-            if !answer.starts_with(b"{\"success\":true") {
-                bail!("a call failed: {}", String::from_utf8_lossy(&answer));
-            }
-            Ok((client, body))
-        })
-        .await
+        Ok(callers)
     }
 
-    /// Stops the programs in order, all at once.
-    pub async fn stop(mut self) -> Result<()> {
+    /// Stops the programs and starts them again, all at once: how long it takes until a call is answered. Servers are
+    /// those that were registered before.
+    pub async fn restart(&mut self) -> Result<Duration> {
+        self.end().await?;
+        let (workers, gateways) = (self.workers.len(), self.gateways.len());
+        self.workers.clear();
+        self.gateways.clear();
+        let begun = Instant::now();
+        let (folder, data, settings) = (&self.folder, self.data.path(), &self.settings);
+        let cluster = self.database.is_some();
+        let start = |kind: &'static str, at: usize| async move {
+            let own = if cluster { data.join(format!("{kind}-{at}")) } else { data.to_owned() };
+            Program::start(&folder.join(format!("mcp-{kind}")), kind, &own, settings).await
+        };
+        let all = |kind, count| join_all((0..count).map(move |at| start(kind, at)));
+        let (new_workers, new_gateways) = tokio::join!(all("worker", workers), all("gateway", gateways));
+        self.workers = new_workers.into_iter().collect::<Result<_>>()?;
+        self.gateways = new_gateways.into_iter().collect::<Result<_>>()?;
+        let (mut client, body) = (self.client().await?, Call::echo(100).body());
+        loop {
+            let answer = client.post("/mcp/tool/call", body.clone()).await?;
+            if answer.starts_with(b"{\"success\":true") {
+                return Ok(begun.elapsed());
+            }
+            ensure!(begun.elapsed() < PATIENCE, "no call is answered: {}", shown(&answer));
+            sleep(Duration::from_millis(1)).await;
+        }
+    }
+
+    async fn end(&mut self) -> Result<()> {
         for program in self.gateways.iter().chain(&self.workers) {
             program.signal(Signal::SIGTERM)?;
         }
@@ -184,6 +250,12 @@ impl Deployment {
             let ended = ended.with_context(|| format!("a {} did not stop in time", program.kind))??;
             ensure!(ended.success(), "a {} did not stop in order: {ended}", program.kind);
         }
+        Ok(())
+    }
+
+    /// Stops the programs in order, all at once.
+    pub async fn stop(mut self) -> Result<()> {
+        self.end().await?;
         if let Some((uri, name)) = self.database.take() {
             mongodb::Client::with_uri_str(uri).await?.database(&name).drop().await?;
         }

@@ -9,18 +9,19 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use bytes::Bytes;
 use clap::Args;
-use mcp_shared::testing::services::{self, NatsServer};
 use serde_json::json;
 use tokio::{task::JoinSet, time::sleep};
 
 use crate::{
-    calls::Path,
+    callers::Call,
     client::Client,
-    deployment::{Cluster, Deployment},
-    measure::Summary,
+    deployment::Deployment,
+    measure::{Summary, closed_loop},
+    paths::{Path, Stage},
+    servers::Language,
     table,
 };
 
@@ -69,13 +70,9 @@ pub struct Row {
 
 /// Measures and prints.
 pub async fn run(options: &Options) -> Result<()> {
-    let folder = match &options.programs {
-        Some(folder) => folder.clone(),
-        None => std::env::current_exe()?.parent().context("no folder")?.to_owned(),
-    };
-    let started = tokio::task::spawn_blocking(|| (NatsServer::start(""), services::shared_mongo()));
-    let (nats, mongo) = started.await.context("NATS or the store did not start")?;
-    table::machine(&folder, "of the tests").await?;
+    let stage = Stage::set(options.programs.as_ref()).await?;
+    let launch = Language::Rust.launch().await?;
+    table::machine(&stage.programs, &stage.nats_version().await?).await?;
     println!(
         "{} callers of a server with one slot and calls of {} ms; {} callers of another one, closed loop; \
          {} rounds of {} s each in turn, medians; {} gateways and {} workers in the cluster",
@@ -87,18 +84,11 @@ pub async fn run(options: &Options) -> Result<()> {
         options.gateways,
         options.workers
     );
-    let without = |_: &str| Vec::new();
-    let cluster = Cluster {
-        nats: nats.url(),
-        mongo: mongo.to_owned(),
-        gateways: options.gateways.into(),
-        workers: options.workers.into(),
-    };
     let mut rows = Vec::new();
     for path in [Path::Single, Path::Cluster] {
         let deployment = match path {
-            Path::Single => Deployment::single(&folder, without).await?,
-            _ => Deployment::cluster(&folder, &cluster, without).await?,
+            Path::Single => stage.single(&launch).await?,
+            _ => stage.cluster(&launch, options.gateways.into(), options.workers.into()).await?,
         };
         rows.push(measure(options, path, &deployment).await?);
         table::memory(path, "gateway", &deployment.gateways())?;
@@ -106,21 +96,24 @@ pub async fn run(options: &Options) -> Result<()> {
         deployment.stop().await?;
     }
     table::overload(&rows);
-    table::load_average("at the end");
+    println!("load average at the end: {}", table::load_average());
     Ok(())
 }
 
 async fn measure(options: &Options, path: Path, deployment: &Deployment) -> Result<Row> {
     deployment.add("slow", json!({"concurrency": 1, "scaling": "singleton"})).await?;
-    let body: Bytes =
-        json!({"serverName": "echo", "methodName": "echo", "args": {"text": "x"}}).to_string().into();
+    let call = Call::echo(1);
     let time = Duration::from_secs(options.seconds);
     let (mut idle, mut crowded) = (Vec::new(), Vec::new());
     let (mut served, mut refused) = (0, 0);
     for _ in 0..options.rounds {
-        idle.push(deployment.load(options.callers.into(), &body, time).await?);
+        idle.push(
+            closed_loop(deployment.callers(options.callers.into(), &call).await?, time).await?.summary(),
+        );
         let crowd = Crowd::begin(options, deployment).await?;
-        crowded.push(deployment.load(options.callers.into(), &body, time).await?);
+        crowded.push(
+            closed_loop(deployment.callers(options.callers.into(), &call).await?, time).await?.summary(),
+        );
         let (more_served, more_refused) = crowd.end().await?;
         served += more_served;
         refused += more_refused;
@@ -138,9 +131,7 @@ struct Crowd {
 impl Crowd {
     /// Connects all, and then has them call.
     async fn begin(options: &Options, deployment: &Deployment) -> Result<Self> {
-        let args = json!({"ms": options.slow_ms});
-        let body = json!({"serverName": "slow", "methodName": "sleep", "args": args});
-        let body: Bytes = body.to_string().into();
+        let body = Call::sleep(options.slow_ms).at("slow").body();
         let mut clients = Vec::new();
         for address in deployment.addresses().iter().cycle().take(options.crowd.into()) {
             clients.push(Client::connect(address).await?);

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, path::Path as Folder};
 use anyhow::{Context, Result};
 use tokio::process::Command;
 
-use crate::{calls::Path, measure::Summary, overload::Row};
+use crate::{measure::Summary, overload::Row, own, paths::Path};
 
 /// What one call cost, by the names of the counters.
 pub type Costs = BTreeMap<&'static str, f64>;
@@ -14,34 +14,43 @@ pub type Costs = BTreeMap<&'static str, f64>;
 pub const NATS: [(&str, &str); 4] =
     [("in_msgs", "msgs in"), ("out_msgs", "msgs out"), ("in_bytes", "B in"), ("out_bytes", "B out")];
 
-/// What ran, and where.
-pub async fn machine(programs: &Folder, nats: &str) -> Result<()> {
+/// Says what runs, and where.
+pub async fn machine(programs: &Folder, nats: &str) -> Result<Vec<String>> {
     let arguments: Vec<_> = std::env::args().skip(1).collect();
-    println!("mcp-loadtests {}", arguments.join(" "));
+    let mut lines = vec![format!("mcp-loadtests {}", arguments.join(" "))];
+    let mut versions = Vec::new();
     for program in ["mcp-gateway", "mcp-worker"] {
         let path = programs.join(program);
         let said = Command::new(&path).arg("--version").output().await.with_context(|| {
             format!("{} cannot be run; build it with: cargo build --release", path.display())
         })?;
-        print!("{}, ", String::from_utf8_lossy(&said.stdout).trim());
+        versions.push(String::from_utf8_lossy(&said.stdout).trim().to_owned());
     }
+    lines.push(format!("{}; nats-server {nats}", versions.join(", ")));
     let read = |file: &str| std::fs::read_to_string(file).unwrap_or_default();
     let processors = read("/proc/cpuinfo");
     let model = processors.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
-    println!(
-        "nats-server {nats}; {} processors ({}), Linux {}",
+    lines.push(format!(
+        "{} processors ({}), Linux {}",
         std::thread::available_parallelism()?,
         model.map_or("unknown", |(_, model)| model),
         read("/proc/sys/kernel/osrelease").trim()
-    );
-    load_average("at the start");
-    Ok(())
+    ));
+    let memory = read("/proc/meminfo");
+    let total = memory.lines().find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB"));
+    let total = total.and_then(|total| total.parse::<f64>().ok()).unwrap_or(f64::NAN);
+    lines.push(format!("{:.1} GB of memory", total / 1_048_576.0));
+    lines.push(format!("load average at the start: {}", load_average()));
+    for line in &lines {
+        println!("{line}");
+    }
+    Ok(lines)
 }
 
-/// Whether others were at work.
-pub fn load_average(when: &str) {
+/// Whether others are at work.
+pub fn load_average() -> String {
     let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    println!("load average {when}: {}", load.split(' ').take(3).collect::<Vec<_>>().join(" "));
+    load.split(' ').take(3).collect::<Vec<_>>().join(" ")
 }
 
 /// The head of the table of speeds.
@@ -167,10 +176,8 @@ pub fn allocations(rows: &[(u16, Path, Costs)]) {
 /// The most memory that processes have had.
 pub fn memory(path: Path, kind: &str, processes: &[u32]) -> Result<()> {
     for process in processes {
-        let status = std::fs::read_to_string(format!("/proc/{process}/status"))?;
-        let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB"));
-        let peak: f64 = peak.context("a process has ended")?.parse()?;
-        println!("most memory of a {kind} ({}): {:.0} MB", path.name(), peak / 1024.0);
+        let (_, peak) = own::memory(*process)?;
+        println!("most memory of a {kind} ({}): {:.0} MB", path.name(), peak / 1_048_576.0);
     }
     Ok(())
 }

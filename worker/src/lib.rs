@@ -26,6 +26,9 @@ mod transport;
 mod worker;
 
 pub use host::Boot;
+#[cfg(feature = "testing")]
+#[doc(hidden)]
+pub use transport::benching;
 #[cfg(any(test, feature = "testing"))]
 pub use transport::fuzzing::child_output;
 pub use worker::Worker;

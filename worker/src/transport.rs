@@ -1,5 +1,7 @@
 //! Connections to MCP servers as raw JSON-RPC: what is sent and received passes through byte for byte.
 
+#[cfg(feature = "testing")]
+pub mod benching;
 pub mod connection;
 pub mod endpoint;
 mod events;

@@ -38,6 +38,11 @@ pub const FASTMCP: &str = "fastmcp";
 /// The version of [`FASTMCP`] that tests run.
 pub const FASTMCP_VERSION: &str = "4.1.2";
 
+/// Another program that puts MCP servers behind HTTP.
+pub const MCPO: &str = "mcpo";
+/// The version of [`MCPO`] that load tests run.
+pub const MCPO_VERSION: &str = "0.0.20";
+
 /// The version of uv that tests install Python packages with.
 pub const UV_VERSION: &str = "0.13.9";
 
@@ -125,6 +130,16 @@ pub fn fastmcp_server() -> RealServer {
     }
 }
 
+/// The program [`MCPO`], which load tests are compared with.
+///
+/// # Panics
+///
+/// Says what to install when it cannot be obtained.
+pub fn mcpo() -> PathBuf {
+    // It does not start with newer ones of these.
+    python_packages(MCPO, MCPO_VERSION, &["mcp<2", "fastapi==0.128.*", "starlette<1"]).join("bin").join(MCPO)
+}
+
 /// The folder in which `uv` is, and nothing else that matters in `PATH`.
 ///
 /// # Panics
@@ -154,6 +169,11 @@ pub fn python() -> PathBuf {
 
 /// The virtual environment of a package from PyPI.
 pub(super) fn python_package(name: &str, version: &str) -> PathBuf {
+    python_packages(name, version, &[])
+}
+
+/// The same with what else pip is to be told.
+fn python_packages(name: &str, version: &str, more: &[&str]) -> PathBuf {
     installed(name, version, |home| {
         let python =
             program(&["python3", "python"], PYTHON_AT_LEAST).unwrap_or_else(|| panic!("{PYTHON_NEEDED}"));
@@ -164,7 +184,8 @@ pub(super) fn python_package(name: &str, version: &str) -> PathBuf {
         must_run(venv, VENV_NEEDED);
         let mut pip = Command::new(venv_python(home));
         pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input"])
-            .arg(format!("{name}=={version}"));
+            .arg(format!("{name}=={version}"))
+            .args(more);
         must_run(pip, &format!("pip could not install {name}. {REGISTRY_NEEDED}"));
     })
 }
