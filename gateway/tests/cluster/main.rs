@@ -93,6 +93,7 @@ mod faults;
 mod fleet;
 mod guarded;
 mod keys_fleet;
+mod metrics_fleet;
 mod mongodb_alone;
 mod overload_fleet;
 mod packages_fleet;

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use crate::{
     deployment::{Answer, Builder, Deployment, Node, client, eventually, tls_file},
-    remote,
+    packages, remote,
 };
 
 #[path = "metrics/observability.rs"]
@@ -405,6 +405,30 @@ async fn where_secrets_come_from_and_calls_that_were_made_before_are_counted() {
     let now = Sums::of(&api).await;
     assert_eq!(now.since(&before, "mcp_calls_replayed_total"), 1.0);
     assert_eq!(now.since(&before, "mcp_calls_total{outcome=ok}"), 5.0);
+}
+
+#[tokio::test]
+async fn jobs_are_counted_by_what_came_of_them() {
+    let registry = packages::registry();
+    let api = packages::from(&registry).workers(1).start().await;
+    let before = Sums::of(&api).await;
+    let jobs = |kind: &str, outcome: &str| format!("mcp_install_jobs_total{{kind={kind},outcome={outcome}}}");
+    let clock = json!({"name": "@acme/clock", "version": "old", "serverName": "clock"});
+    packages::install(&api, clock).await.ok();
+    api.put("/packages/clock/upgrade", None).await.ok();
+    let nothing = json!({"name": "@acme/nothing", "serverName": "nothing"});
+    packages::install(&api, nothing).await.fails(404, "package_not_found");
+    let now = Sums::of(&api).await;
+    for (kind, outcome, count) in [
+        ("install", "done", 1.0),
+        ("upgrade", "done", 1.0),
+        ("install", "failed", 1.0),
+        ("upgrade", "failed", 0.0),
+    ] {
+        assert_eq!(now.since(&before, &jobs(kind, outcome)), count, "{kind} {outcome}");
+    }
+    assert_eq!(now.since(&before, "mcp_install_job_duration_seconds_count{kind=install}"), 2.0);
+    eventually("none is under way", async || api.metric("mcp_install_jobs_running").await == 0.0).await;
 }
 
 #[tokio::test]

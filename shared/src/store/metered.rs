@@ -19,7 +19,7 @@ pub struct Metered(Arc<dyn Store>);
 
 impl Metered {
     /// Counts what is done with a store.
-    pub fn new(store: Arc<dyn Store>) -> Arc<dyn Store> {
+    pub fn of(store: Arc<dyn Store>) -> Arc<dyn Store> {
         Arc::new(Self(store))
     }
 }

@@ -65,7 +65,7 @@ pub enum ConnectError {
 pub async fn open(settings: &Settings, access: Access) -> Result<Opened, ConnectError> {
     match &settings.store {
         StoreSettings::Embedded => Ok(Opened {
-            store: Metered::new(EmbeddedStore::open(&settings.data_dir)?),
+            store: Metered::of(EmbeddedStore::open(&settings.data_dir)?),
             description: format!("SQLite in {}", settings.data_dir.display()),
         }),
         StoreSettings::Mongo(mongo) => connect(mongo, access).await,
@@ -99,7 +99,7 @@ async fn connect_once(settings: &MongoSettings, access: Access) -> Result<Opened
         Access::Inspect => MongoStore::inspect(settings).await,
     };
     match store {
-        Ok(store) => Ok(Opened { description: format!("MongoDB at {hosts}"), store: Metered::new(store) }),
+        Ok(store) => Ok(Opened { description: format!("MongoDB at {hosts}"), store: Metered::of(store) }),
         Err(mongo::ConnectError::Store(StoreError::Unavailable { cause })) if is_refusal(&cause) => {
             Err(ConnectError::Login { hosts, cause })
         }
