@@ -35,7 +35,7 @@ impl Traced {
             Some(route) => format!("{} {route}", method()).into(),
             None => method().into(),
         });
-        span.say(Key::Method, &method);
+        span.say(Key::Method, method);
         if let Some(route) = route {
             span.say(Key::Route, || route.to_owned());
         }

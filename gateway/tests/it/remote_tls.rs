@@ -4,7 +4,7 @@
 
 use std::{path::PathBuf, sync::Arc};
 
-use mcp_shared::{testing::remote::Remote, tls};
+use mcp_shared::tls;
 use serde_json::json;
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::{
@@ -21,8 +21,8 @@ fn file(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/it/tls").join(name)
 }
 
-/// Speaks TLS in front of a remote server. Returned is its port.
-async fn in_front_of(remote: &Remote, certificate: &str) -> u16 {
+/// Speaks TLS in front of whoever has this address. Returned is its port.
+pub async fn in_front_of(address: &str, certificate: &str) -> u16 {
     tls::install_provider();
     let certificate = CertificateDer::from_pem_file(file(certificate)).unwrap();
     let key = PrivateKeyDer::from_pem_file(file("localhost.key")).unwrap();
@@ -31,7 +31,7 @@ async fn in_front_of(remote: &Remote, certificate: &str) -> u16 {
     let acceptor = TlsAcceptor::from(Arc::new(config));
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
-    let behind = remote.url().split('/').nth(2).unwrap().to_owned();
+    let behind = address.split('/').nth(2).unwrap().to_owned();
     tokio::spawn(async move {
         while let Ok((client, _)) = listener.accept().await {
             let (acceptor, behind) = (acceptor.clone(), behind.clone());
@@ -49,7 +49,7 @@ async fn in_front_of(remote: &Remote, certificate: &str) -> u16 {
 #[tokio::test]
 async fn a_server_with_a_trusted_certificate_is_called() {
     let remote = remote(&[]);
-    let port = in_front_of(&remote, "localhost.pem").await;
+    let port = in_front_of(&remote.url(), "localhost.pem").await;
     let authority = file("authority.pem");
     let api = Deployment::builder()
         .env("EGRESS_ALLOW", "127.0.0.0/8,::1")
@@ -66,7 +66,7 @@ async fn a_server_with_a_trusted_certificate_is_called() {
 #[tokio::test]
 async fn a_server_that_nobody_vouches_for_is_not() {
     let remote = remote(&[]);
-    let port = in_front_of(&remote, "localhost.pem").await;
+    let port = in_front_of(&remote.url(), "localhost.pem").await;
     let api = Deployment::builder().env("EGRESS_ALLOW", "127.0.0.0/8,::1").start().await;
     let url = format!("https://localhost:{port}/mcp");
     let body = json!({"name": "s", "transportType": "streamable_http", "url": url});
@@ -87,7 +87,7 @@ async fn a_certificate_that_has_ended_or_is_anothers_is_refused() {
         .start()
         .await;
     for (name, certificate) in [("ended", "expired.pem"), ("another", "elsewhere.pem")] {
-        let port = in_front_of(&remote, certificate).await;
+        let port = in_front_of(&remote.url(), certificate).await;
         let url = format!("https://localhost:{port}/mcp");
         let body = json!({"name": name, "transportType": "streamable_http", "url": url});
         let added = api.post("/mcp/servers", &body).await.ok();

@@ -8,8 +8,9 @@ use tokio::net::TcpListener;
 
 use crate::{
     collector::{Collector, Seen},
-    deployment::{Answer, Builder, Deployment, eventually},
+    deployment::{Answer, Builder, Deployment, eventually, tls_file},
     remote,
+    remote_tls::in_front_of,
 };
 
 const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
@@ -69,7 +70,7 @@ fn is_one_call(spans: &[Seen]) {
         );
     }
     assert_eq!(named(spans, "tools/call").says("mcp.method.name"), "tools/call");
-    assert_eq!(call.instance.is_empty(), false);
+    assert!(!call.instance.is_empty(), "{call:?}");
 }
 
 #[tokio::test]
@@ -260,6 +261,34 @@ async fn a_collector_that_is_away_harms_no_call() {
         assert_eq!(api.metric("mcp_trace_spans_exported_total").await, 0.0);
         assert!(api.stop().await.success(), "it does not hold up the end either");
     }
+}
+
+#[tokio::test]
+async fn spans_go_over_tls_to_whom_somebody_vouches_for() {
+    let collector = Collector::start().await;
+    let port = in_front_of(&collector.url(), "localhost.pem").await;
+    let builder = || {
+        Deployment::builder()
+            .env("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", format!("https://localhost:{port}/v1/traces"))
+            .env("OTEL_EXPORTER_OTLP_HEADERS", "x-key=a%20key")
+            .env("OTEL_EXPORTER_OTLP_TIMEOUT", "1000")
+            .env("OTEL_BSP_SCHEDULE_DELAY", "20")
+    };
+    let trusting = builder().env("SSL_CERT_FILE", tls_file("authority.pem").to_str().unwrap()).start().await;
+    trusting.add_fixture("shared", &[], json!({})).await;
+    let given = parent(TRACE, "01");
+    let echo = json!({"text": "x"});
+    call_with(&trusting, &[("traceparent", &given)], "shared", "echo", echo.clone()).await.ok();
+    is_one_call(&collector.trace(TRACE, 5).await);
+    assert!(collector.keys().iter().all(|key| key == "a key"));
+
+    let wary = builder().start().await;
+    wary.add_fixture("shared", &[], json!({})).await;
+    let trace = TRACE.replace("0af7", "0000");
+    call_with(&wary, &[("traceparent", &parent(&trace, "01"))], "shared", "echo", echo).await.ok();
+    let failed = "mcp_trace_spans_dropped_total{reason=\"export_failed\"}";
+    eventually("nothing is exported", async || wary.metric(failed).await > 0.0).await;
+    assert!(collector.spans().iter().all(|span| span.trace != trace));
 }
 
 #[tokio::test]

@@ -18,10 +18,12 @@ use std::{
 mod egress;
 mod names;
 mod secret;
+mod traces;
 
 pub use egress::egress_url;
 pub use names::package_names;
 pub use secret::sealed_secret;
+pub use traces::trace_context;
 
 /// The longest input that mutations make.
 const LONGEST: usize = 16 * 1024;
@@ -154,6 +156,11 @@ mod tests {
     #[test]
     fn urls_that_requests_may_be_sent_to() {
         run("egress_url", egress_url);
+    }
+
+    #[test]
+    fn trace_contexts() {
+        run("trace_context", trace_context);
     }
 
     #[test]

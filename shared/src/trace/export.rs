@@ -107,10 +107,10 @@ impl Queue {
         }
     }
 
-    fn take(&self) -> Vec<Box<Record>> {
+    fn take(&self) -> Vec<Record> {
         let mut waiting = self.waiting();
         let count = waiting.len().min(self.batch);
-        waiting.drain(..count).collect()
+        waiting.drain(..count).map(|record| *record).collect()
     }
 
     /// Takes nothing in any more. Returned is how many were still there.
@@ -249,7 +249,7 @@ impl Exporter {
         }
     }
 
-    async fn export(&mut self, batch: Vec<Box<Record>>) {
+    async fn export(&mut self, batch: Vec<Record>) {
         let count = u64::try_from(batch.len()).unwrap_or(u64::MAX);
         let body = self.request(batch).encode_to_vec();
         match self.send(body.into()).await {
@@ -324,13 +324,13 @@ impl Exporter {
         }
     }
 
-    fn request(&self, batch: Vec<Box<Record>>) -> ExportTraceServiceRequest {
+    fn request(&self, batch: Vec<Record>) -> ExportTraceServiceRequest {
         let scope = InstrumentationScope {
             name: "mcp-api".to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             ..InstrumentationScope::default()
         };
-        let spans = batch.into_iter().map(|record| span(*record)).collect();
+        let spans = batch.into_iter().map(span).collect();
         let scope_spans = vec![ScopeSpans { scope: Some(scope), spans, schema_url: String::new() }];
         let resource = Some(self.resource.clone());
         ExportTraceServiceRequest {
