@@ -4,7 +4,7 @@ use bytes::Bytes;
 
 use super::{
     lines::{Line, Lines},
-    message::{Message, tool_call},
+    message::{Message, Meta, tool_call},
 };
 
 /// Cuts what a server wrote into lines, reads the envelope of each, and says how many were answers.
@@ -20,5 +20,5 @@ pub async fn answers(mut output: &[u8]) -> usize {
 
 /// The line that asks a server to run a tool.
 pub fn line(id: u64, tool: &str, arguments: &Bytes) -> Vec<u8> {
-    tool_call(id, tool, arguments, "", false)
+    tool_call(id, tool, arguments, &Meta { members: "", progress: false, trace: None })
 }
