@@ -33,7 +33,7 @@ async fn a_worker_that_is_cut_off_from_the_bus_says_so_and_others_miss_it() {
 
     link.mend();
     eventually("it is connected", async || metric(worker, "mcp_bus_connected").await == 1.0).await;
-    assert_eq!(metric(worker, "mcp_bus_connections_total").await, 2.0);
+    assert!(metric(worker, "mcp_bus_connections_total").await >= 2.0);
     eventually("all four hear two again", async || api.metric("mcp_fleet_workers").await == 8.0).await;
 }
 
