@@ -155,7 +155,11 @@ impl App {
         let mut reports: HashMap<_, _> =
             self.worker.reports().await?.into_iter().map(|report| (report.name.clone(), report)).collect();
         for stored in self.vault.tools().await? {
-            let (None, Ok(tools)) = (stored.user, RawJson::parse(stored.tools)) else { continue };
+            let listed = reports.get(&stored.server).is_some_and(|report| report.listed.is_some());
+            if listed || stored.user.is_some() {
+                continue;
+            }
+            let Ok(tools) = RawJson::parse(stored.tools) else { continue };
             let report = reports.entry(stored.server.clone()).or_insert_with(|| ServerReport {
                 name: stored.server,
                 status: ServerStatus::Disconnected,
@@ -164,9 +168,7 @@ impl App {
                 instances: Vec::new(),
                 listed: None,
             });
-            if report.listed.is_none() {
-                report.tools = Some(tools);
-            }
+            report.tools = Some(tools);
         }
         Ok(reports)
     }
