@@ -73,6 +73,34 @@ impl Shown {
         all
     }
 
+    /// Asserts that each histogram's buckets hold those below them, and that the last one holds all.
+    fn buckets_are_whole(&self) {
+        let mut last: BTreeMap<(&str, BTreeMap<&str, &str>), (f64, f64)> = BTreeMap::new();
+        for Sample { name, labels, value } in &self.samples {
+            let Some(family) = name.strip_suffix("_bucket") else { continue };
+            let end = match labels["le"].as_str() {
+                "+Inf" => f64::INFINITY,
+                end => end.parse().unwrap(),
+            };
+            let others = labels.iter().filter(|(name, _)| *name != "le");
+            let others = others.map(|(name, value)| (name.as_str(), value.as_str())).collect();
+            if let Some((below, held)) = last.insert((family, others), (end, *value)) {
+                assert!(below < end && held <= *value, "{name} {labels:?}");
+            }
+        }
+        assert!(last.len() > 10, "{}", last.len());
+        for ((family, labels), (end, held)) in last {
+            assert_eq!(end, f64::INFINITY, "{family} {labels:?}");
+            let is_count = |sample: &&Sample| {
+                sample.name.strip_suffix("_count") == Some(family)
+                    && labels
+                        .iter()
+                        .all(|(name, value)| sample.labels.get(*name).is_some_and(|own| own == value))
+            };
+            assert_eq!(self.samples.iter().find(is_count).unwrap().value, held, "{family} {labels:?}");
+        }
+    }
+
     /// Which time series there are.
     fn series(&self) -> Vec<(&str, &BTreeMap<String, String>)> {
         self.samples.iter().map(|sample| (sample.name.as_str(), &sample.labels)).collect()
@@ -157,6 +185,7 @@ async fn every_node_shows_what_the_table_says_and_nothing_else() {
             let values = metric.labels().iter().map(|label| sample.labels[label.name].as_str()).collect();
             seen.entry(metric).or_default().insert(values);
         }
+        shown.buckets_are_whole();
         // Whatever a label can say is there from the start.
         for metric in expected {
             let own = metric.labels().iter().any(|label| label.name == "route");
