@@ -261,6 +261,7 @@ mod tests {
             "mcp_bus_slow_consumers_total ",
             "mcp_store_operations_total{operation=\"ping\",outcome=\"unavailable\"} ",
             "mcp_store_operation_duration_seconds_bucket{le=\"0.0005\",operation=\"lease\"} ",
+            "mcp_store_operation_duration_seconds_bucket{le=\"+Inf\",operation=\"lease\"} ",
             "mcp_store_operation_duration_seconds_count{operation=\"lease\"} ",
             "process_cpu_seconds_total ",
         ] {

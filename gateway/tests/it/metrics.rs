@@ -12,72 +12,19 @@ use reqwest::{Method, header};
 use serde_json::{Value, json};
 
 use crate::{
-    deployment::{Answer, Builder, Deployment, Node, client, eventually, tls_file},
+    deployment::{Answer, Builder, Deployment, eventually, tls_file},
     packages, remote,
 };
 
 #[path = "metrics/observability.rs"]
 mod observability;
+#[path = "metrics/shown.rs"]
+mod shown;
+
+use shown::{Shown, Sums, moves};
 
 /// Gateways of a deployment. Each has limits of its own, and gets every so many-th request.
 const GATEWAYS: usize = if crate::CLUSTER { 2 } else { 1 };
-
-/// One line of an exposition.
-struct Sample {
-    name: String,
-    labels: BTreeMap<String, String>,
-    value: f64,
-}
-
-/// What one node shows.
-struct Shown {
-    /// By family, as the lines `# TYPE` have it.
-    kinds: BTreeMap<String, String>,
-    samples: Vec<Sample>,
-    text: String,
-}
-
-impl Shown {
-    async fn by(api: &Deployment, node: &Node) -> Self {
-        let answer = api.send(client().get(format!("{}/metrics", node.base))).await.ok();
-        let (mut kinds, mut samples) = (BTreeMap::new(), Vec::new());
-        assert!(answer.text.ends_with("# EOF\n"), "{}", answer.text);
-        for line in answer.text.lines() {
-            if let Some(kind) = line.strip_prefix("# TYPE ") {
-                let (name, kind) = kind.split_once(' ').unwrap();
-                assert!(kinds.insert(name.to_owned(), kind.to_owned()).is_none(), "{name} is there twice");
-            }
-            if line.starts_with('#') {
-                continue;
-            }
-            let (head, value) = line.rsplit_once(' ').unwrap();
-            let (name, labels) = match head.split_once('{') {
-                None => (head, ""),
-                Some((name, labels)) => (name, labels.strip_suffix('}').unwrap()),
-            };
-            let labels = labels.split_terminator("\",").map(|label| {
-                let (name, value) = label.trim_end_matches('"').split_once("=\"").unwrap();
-                (name.to_owned(), value.to_owned())
-            });
-            let (name, labels) = (name.to_owned(), labels.collect());
-            samples.push(Sample { name, labels, value: value.parse().unwrap() });
-        }
-        Self { kinds, samples, text: answer.text }
-    }
-
-    async fn all(api: &Deployment) -> Vec<Self> {
-        let mut all = Vec::new();
-        for node in api.gateways().into_iter().chain(api.workers()) {
-            all.push(Self::by(api, node).await);
-        }
-        all
-    }
-
-    /// Which time series there are.
-    fn series(&self) -> Vec<(&str, &BTreeMap<String, String>)> {
-        self.samples.iter().map(|sample| (sample.name.as_str(), &sample.labels)).collect()
-    }
-}
 
 /// The routes of the program, as it prints them.
 fn routes() -> BTreeSet<(String, String)> {
@@ -157,6 +104,7 @@ async fn every_node_shows_what_the_table_says_and_nothing_else() {
             let values = metric.labels().iter().map(|label| sample.labels[label.name].as_str()).collect();
             seen.entry(metric).or_default().insert(values);
         }
+        shown.buckets_are_whole();
         // Whatever a label can say is there from the start.
         for metric in expected {
             let own = metric.labels().iter().any(|label| label.name == "route");
@@ -188,42 +136,6 @@ async fn what_callers_say_makes_no_time_series() {
         assert_eq!(before.series(), after.series());
         assert!(!after.text.to_ascii_lowercase().contains("odd"), "{}", after.text);
     }
-}
-
-/// Everything that all nodes show, added up; by name and labels.
-struct Sums(BTreeMap<String, f64>);
-
-impl Sums {
-    async fn of(api: &Deployment) -> Self {
-        let mut sums = BTreeMap::new();
-        for sample in Shown::all(api).await.into_iter().flat_map(|shown| shown.samples) {
-            let labels: Vec<_> =
-                sample.labels.iter().map(|(name, value)| format!("{name}={value}")).collect();
-            *sums.entry(format!("{}{{{}}}", sample.name, labels.join(","))).or_insert(0.0) += sample.value;
-        }
-        Self(sums)
-    }
-
-    /// A sum, by a name and labels in order: `name{a=b}`.
-    fn get(&self, series: &str) -> f64 {
-        let whole = if series.contains('{') { series.to_owned() } else { format!("{series}{{}}") };
-        *self.0.get(&whole).unwrap_or_else(|| panic!("{whole} is not shown"))
-    }
-
-    /// By how much it has become more since then.
-    fn since(&self, before: &Sums, series: &str) -> f64 {
-        self.get(series) - before.get(series)
-    }
-}
-
-/// Waits until a sum has become more by exactly so many.
-async fn moves(api: &Deployment, before: &Sums, series: &str, by: usize) {
-    eventually(&format!("{series} is {by} more"), async || {
-        let since = Sums::of(api).await.since(before, series);
-        assert!(since <= by as f64, "{series} is {since} more, and not {by}");
-        since == by as f64
-    })
-    .await;
 }
 
 async fn streamed(api: &Deployment, tool: &str, args: Value) -> Answer {

@@ -190,7 +190,7 @@ impl Histogram {
         let per_unit = self.bounds.per_unit;
         let ends = self.bounds.ends.iter().map(|end| *end as f64 / per_unit);
         let counts = self.buckets.iter().map(|bucket| bucket.load(Relaxed));
-        (self.sum.load(Relaxed) as f64 / per_unit, ends.chain([f64::MAX]).zip(counts).collect())
+        (self.sum.load(Relaxed) as f64 / per_unit, ends.chain([f64::INFINITY]).zip(counts).collect())
     }
 }
 
@@ -270,7 +270,7 @@ mod tests {
         assert!((sum - 400.001_201).abs() < 1e-9, "{sum}");
         assert_eq!(buckets.len(), CALLS.ends.len() + 1);
         let full: Vec<_> = buckets.iter().copied().filter(|(_, count)| *count > 0).collect();
-        assert_eq!(full, [(0.0001, 2), (0.00025, 1), (0.001, 1), (f64::MAX, 1)]);
+        assert_eq!(full, [(0.0001, 2), (0.00025, 1), (0.001, 1), (f64::INFINITY, 1)]);
     }
 
     #[test]

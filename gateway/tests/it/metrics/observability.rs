@@ -5,7 +5,10 @@ use std::{collections::BTreeSet, path::Path};
 use mcp_shared::metrics::{Kind, Metric, Nodes};
 use serde_json::Value;
 
-use super::{Sample, Shown, with_all_settings};
+use super::{
+    shown::{Sample, Shown},
+    with_all_settings,
+};
 
 /// A metric that an expression uses, with what it wants of the labels.
 #[derive(Debug)]
