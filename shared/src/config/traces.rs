@@ -36,11 +36,16 @@ fn protocol(text: &str) -> Result<(), parse::Valid> {
 }
 
 fn endpoint(text: &str) -> Result<Url, parse::Valid> {
-    const VALID: parse::Valid = "an http or https URL, such as http://127.0.0.1:4318; credentials belong into \
+    const VALID: parse::Valid = "an http or https URL without query, such as http://127.0.0.1:4318; credentials belong into \
                                  OTEL_EXPORTER_OTLP_HEADERS";
     let url = Url::parse(text).map_err(|_| VALID)?;
-    let plain = url.username().is_empty() && url.password().is_none() && url.fragment().is_none();
-    if matches!(url.scheme(), "http" | "https") && url.has_host() && plain { Ok(url) } else { Err(VALID) }
+    let plain = url.username().is_empty() && url.password().is_none();
+    let bare = url.query().is_none() && url.fragment().is_none();
+    if matches!(url.scheme(), "http" | "https") && url.has_host() && plain && bare {
+        Ok(url)
+    } else {
+        Err(VALID)
+    }
 }
 
 /// The address of traces below that of a collector.
@@ -223,6 +228,7 @@ mod tests {
             (ENDPOINT, "grpc://collector:4317"),
             (ENDPOINT, "http://user:canary@collector"),
             (TRACES_ENDPOINT, "http://collector/#x"),
+            (TRACES_ENDPOINT, "http://collector/?key=x"),
             ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc"),
             ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/json"),
             ("OTEL_EXPORTER_OTLP_HEADERS", "canary"),
