@@ -26,6 +26,9 @@ pub struct Outcome {
     pub plots: Vec<Plot>,
     /// What must be true of them.
     pub budgets: Vec<Budget>,
+    /// Why there are no figures.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failed: Option<String>,
     /// Seconds that it took.
     pub seconds: f64,
     /// The load average of the machine before and after.
@@ -340,6 +343,7 @@ mod tests {
             tables: vec![table],
             plots: vec![plot],
             budgets: vec![Budget::at_least("b", f64::NAN, 1.0)],
+            failed: None,
             seconds: 1.5,
             load: Default::default(),
         };

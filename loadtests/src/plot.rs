@@ -9,6 +9,9 @@ const MARGINS: (f64, f64, f64, f64) = (78.0, 196.0, 48.0, 62.0);
 /// Colours that are told apart with any kind of eyes, and in print.
 const COLOURS: [&str; 8] =
     ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555", "#8c6bb1"];
+/// How a value stands on a bar, whatever is behind it.
+const VALUE: &str =
+    "text-anchor=\"middle\" font-size=\"10\" paint-order=\"stroke\" stroke=\"#fff\" stroke-width=\"3\"";
 /// Characters of a name in the legend.
 const NAME: usize = 26;
 
@@ -87,7 +90,8 @@ fn number(figure: f64) -> String {
         _ if magnitude >= 1e6 => format!("{}M", trimmed(figure / 1e6, 1)),
         _ if magnitude >= 1e4 => format!("{}k", trimmed(figure / 1e3, 1)),
         _ if magnitude >= 100.0 => trimmed(figure, 0),
-        _ if magnitude >= 1.0 => trimmed(figure, 1),
+        _ if magnitude >= 10.0 => trimmed(figure, 1),
+        _ if magnitude >= 1.0 => trimmed(figure, 2),
         _ => trimmed(figure, 3),
     }
 }
@@ -117,7 +121,12 @@ pub fn svg(plot: &Plot) -> String {
     let vertical = heights.chain(plot.marks.iter().map(|(_, height)| *height));
     let y = Scale::new(vertical, plot.y.log, (bottom, above));
     let places = plot.series.iter().flat_map(|series| series.points.iter().map(|(x, _)| *x));
-    let mut x = Scale::new(places, plot.x.log, (left, end));
+    let mut x = Scale::new(places.clone(), plot.x.log, (left, end));
+    // To the right there is nothing to round: the ends are what was measured.
+    let most = places.fold(f64::NEG_INFINITY, f64::max);
+    if most > x.least {
+        x.most = most;
+    }
     if !plot.x.names.is_empty() {
         (x.least, x.most) = (-0.5, plot.x.names.len() as f64 - 0.5);
     }
@@ -128,10 +137,6 @@ pub fn svg(plot: &Plot) -> String {
     );
     text(&mut out, (left, 26.0), "font-size=\"16\" font-weight=\"600\"", &plot.title);
     axes(&mut out, plot, &x, &y);
-    match plot.shape {
-        Shape::Lines => lines(&mut out, &plot.series, &x, &y),
-        Shape::Bars => bars(&mut out, &plot.series, &x, &y),
-    }
     for (name, height) in &plot.marks {
         let at = y.at(*height);
         line(
@@ -141,6 +146,10 @@ pub fn svg(plot: &Plot) -> String {
             "stroke=\"#b00020\" stroke-width=\"1.5\" stroke-dasharray=\"6 4\"",
         );
         text(&mut out, (end + 6.0, at + 4.0), "fill=\"#b00020\" font-size=\"11\"", name);
+    }
+    match plot.shape {
+        Shape::Lines => lines(&mut out, &plot.series, &x, &y),
+        Shape::Bars => bars(&mut out, &plot.series, &x, &y),
     }
     legend(&mut out, plot, &y);
     out.push_str("</svg>\n");
@@ -227,7 +236,7 @@ fn bars(out: &mut String, series: &[Series], x: &Scale, y: &Scale) {
             ));
             let middle = left + width / 2.0 - 1.0;
             if width >= 26.0 {
-                text(out, (middle, top - 4.0), "text-anchor=\"middle\" font-size=\"10\"", &number(height.0));
+                text(out, (middle, top - 4.0), VALUE, &number(height.0));
             }
         }
     }
@@ -304,8 +313,8 @@ mod tests {
 
     #[test]
     fn numbers_are_short() {
-        let numbers = [0.0, 0.05, 2.5, 64.0, 1_234.0, 34_500.0, 2e6].map(number);
-        assert_eq!(numbers, ["0", "0.05", "2.5", "64", "1234", "34.5k", "2M"]);
+        let numbers = [0.0, 0.05, 1.013, 2.5, 64.0, 1_234.0, 34_500.0, 2e6].map(number);
+        assert_eq!(numbers, ["0", "0.05", "1.01", "2.5", "64", "1234", "34.5k", "2M"]);
         assert_eq!([nice(3.2, true), nice(3.2, false), nice(0.07, true)], [5.0, 2.0, 0.1]);
     }
 }

@@ -28,7 +28,7 @@ pub struct ReportOptions {
     from: Option<PathBuf>,
 }
 
-/// Runs, writes, and fails if a budget is not kept.
+/// Runs, writes, and fails if a scenario did or a budget is not kept.
 pub async fn run(options: &ReportOptions) -> Result<()> {
     let mut run = Run::default();
     if let Some(file) = &options.from {
@@ -55,6 +55,9 @@ fn plan() -> Vec<(Scenario, Language)> {
 /// Prints what a scenario has found.
 pub fn print(outcome: &Outcome) {
     println!("\n== {}: {}\n{}", outcome.name, outcome.title, outcome.text);
+    if let Some(failed) = &outcome.failed {
+        println!("\n  FAILED: {failed}");
+    }
     for table in &outcome.tables {
         print!("\n  {}\n{}", table.title, table.render(false));
     }
@@ -113,6 +116,9 @@ fn markdown(run: &Run) -> String {
     }
     for outcome in &run.outcomes {
         out.push_str(&format!("\n## {}\n\n{}\n", outcome.title, outcome.text));
+        if let Some(failed) = &outcome.failed {
+            out.push_str(&format!("\n**Failed**: `{}`\n", failed.replace('`', "'")));
+        }
         for plot in &outcome.plots {
             out.push_str(&format!("\n![{}](report/{}.svg)\n", plot.title, plot.file));
         }

@@ -187,7 +187,13 @@ pub async fn perform(
         let context =
             Context { stage: &stage, options, language: *language, launch: language.launch().await?, mcpo };
         let (begun, load) = (Instant::now(), table::load_average());
-        let mut outcome = scenario.perform(&context).await?;
+        // The others may go well.
+        let mut outcome = scenario.perform(&context).await.unwrap_or_else(|error| {
+            let name = scenario.to_possible_value().map(|value| value.get_name().to_owned());
+            let name = name.unwrap_or_default();
+            let failed = format!("{error:#}").chars().take(600).collect();
+            Outcome { failed: Some(failed), ..Outcome::new(&name, &name, String::new()) }
+        });
         outcome.seconds = begun.elapsed().as_secs_f64();
         outcome.load = [load, table::load_average()];
         if *language != Language::Rust {
@@ -200,8 +206,11 @@ pub async fn perform(
     Ok(())
 }
 
-/// An error if a budget is not kept.
+/// An error if a scenario has failed or a budget is not kept.
 pub fn verdict(run: &Run) -> Result<()> {
+    let failed: Vec<_> =
+        run.outcomes.iter().filter(|one| one.failed.is_some()).map(|one| &*one.name).collect();
+    ensure!(failed.is_empty(), "failed: {}", failed.join(", "));
     let budgets: Vec<_> = run.outcomes.iter().flat_map(|outcome| &outcome.budgets).collect();
     let missed: Vec<_> =
         budgets.iter().filter(|one| one.decides && !one.met()).map(|one| one.line()).collect();
@@ -244,6 +253,7 @@ impl Outcome {
             tables: vec![],
             plots: vec![],
             budgets: vec![],
+            failed: None,
             seconds: 0.0,
             load: Default::default(),
         }

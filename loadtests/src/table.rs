@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, path::Path as Folder};
 
 use anyhow::{Context, Result};
+use mcp_shared::testing::tools;
 use tokio::process::Command;
 
 use crate::{measure::Summary, overload::Row, own, paths::Path};
@@ -36,6 +37,18 @@ pub async fn machine(programs: &Folder, nats: &str) -> Result<Vec<String>> {
         model.map_or("unknown", |(_, model)| model),
         read("/proc/sys/kernel/osrelease").trim()
     ));
+    let others = [("node", "--version"), ("python3", "--version"), ("rustc", "--version")];
+    let mut versions = vec![format!("{} {}", tools::MCPO, tools::MCPO_VERSION)];
+    versions.push(format!("SDKs of {} {}", tools::SERVER_EVERYTHING, tools::SERVER_EVERYTHING_VERSION));
+    versions.push(format!("and {} {}", tools::SERVER_TIME, tools::SERVER_TIME_VERSION));
+    for (program, flag) in others {
+        versions.extend(said(program, &[flag]).await.map(|version| format!("{program} {version}")));
+    }
+    lines.push(versions.join(", "));
+    let folder = env!("CARGO_MANIFEST_DIR");
+    let commit = said("git", &["-C", folder, "describe", "--always", "--dirty"]).await;
+    lines.extend(commit.map(|commit| format!("built from {commit}")));
+    lines.extend(said("date", &["-u", "+%Y-%m-%d %H:%M UTC"]).await);
     let memory = read("/proc/meminfo");
     let total = memory.lines().find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB"));
     let total = total.and_then(|total| total.parse::<f64>().ok()).unwrap_or(f64::NAN);
@@ -45,6 +58,13 @@ pub async fn machine(programs: &Folder, nats: &str) -> Result<Vec<String>> {
         println!("{line}");
     }
     Ok(lines)
+}
+
+/// The first line that a program says, if there is that program.
+async fn said(program: &str, arguments: &[&str]) -> Option<String> {
+    let output =
+        Command::new(program).args(arguments).output().await.ok().filter(|one| one.status.success())?;
+    Some(String::from_utf8_lossy(&output.stdout).lines().next()?.trim().to_owned())
 }
 
 /// Whether others are at work.
@@ -57,8 +77,8 @@ pub fn load_average() -> String {
 pub fn speed_head() {
     println!();
     println!(
-        "{:>7}  {:<14} {:>8} {:>15} {:>8} {:>8} {:>9}",
-        "callers", "path", "calls/s", "least-most", "p50 ms", "p99 ms", "of direct"
+        "{:>7}  {:<14} {:>8} {:>15} {:>8} {:>8} {:>9} {:>8}",
+        "callers", "path", "calls/s", "least-most", "p50 ms", "p99 ms", "of direct", "of floor"
     );
 }
 
@@ -67,17 +87,19 @@ pub fn speed(callers: u16, rows: &[(Path, Summary)]) {
     let of = |path: Path| rows.iter().find(|(own, _)| *own == path).map(|(_, summary)| summary);
     for (path, summary) in rows {
         let (least, most) = summary.range;
-        let ratio = of(Path::Direct).map_or_else(
-            || "-".to_owned(),
-            |direct| format!("{:.2}", summary.per_second / direct.per_second),
-        );
+        let ratio = |to: Option<Path>| {
+            let to = to.and_then(of);
+            to.map_or_else(|| "-".to_owned(), |to| format!("{:.2}", summary.per_second / to.per_second))
+        };
         println!(
-            "{callers:>7}  {:<14} {:>8.0} {:>15} {:>8.3} {:>8.3} {ratio:>9}",
+            "{callers:>7}  {:<14} {:>8.0} {:>15} {:>8.3} {:>8.3} {:>9} {:>8}",
             path.name(),
             summary.per_second,
             format!("{least:.0}-{most:.0}"),
             summary.p50_ms,
             summary.p99_ms,
+            ratio(Some(Path::Direct)),
+            ratio(path.floor()),
         );
     }
     let paths = [Path::Single, Path::Cluster, Path::Nats, Path::Handshake].map(of);

@@ -18,7 +18,8 @@ use crate::{
 const WORKERS: usize = 4;
 const SLOTS: u32 = 4;
 const TOOL_MS: u64 = 100;
-const CALLERS: usize = 64;
+/// Another worker takes part when calls wait for a second at those that there are, so these have to be enough for all.
+const CALLERS: usize = 256;
 /// Calls per second in as many times those of one worker.
 const OF_LINEAR: f64 = 0.85;
 /// How long it may take until a worker that was added takes part.
@@ -95,7 +96,7 @@ async fn run_by(deployment: &Deployment, workers: usize) -> Result<()> {
         if server["server"]["instances"].as_array().map_or(0, Vec::len) >= workers {
             return Ok(());
         }
-        ensure!(begun.elapsed() < PATIENCE, "not all workers run the server: {server}");
+        ensure!(begun.elapsed() < PATIENCE, "{workers} workers are there, and not all run the server");
         sleep(Duration::from_millis(20)).await;
     }
 }
