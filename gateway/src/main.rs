@@ -114,11 +114,6 @@ enum AuditCommand {
     },
 }
 
-/// Calls are many small pieces of memory that one thread takes and another gives back, at which it is faster than
-/// the C library's.
-#[global_allocator]
-static MEMORY: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 fn main() -> ExitCode {
     if let Some(ended) = program::supervised() {
         return ended;

@@ -3,11 +3,6 @@
 
 use std::process::ExitCode;
 
-/// Calls are many small pieces of memory that one thread takes and another gives back, at which it is faster than
-/// the C library's.
-#[global_allocator]
-static MEMORY: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 fn main() -> ExitCode {
     mcp_worker::program::main()
 }
