@@ -6,13 +6,21 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use anyhow::{Result, bail, ensure};
 use bytes::Bytes;
 use serde_json::json;
+use tokio::time::sleep;
 
 use crate::{client::Client, stdio::Connection};
+
+/// Calls that were refused for want of room, and made again. Their time counts from the first attempt.
+pub static REFUSED: AtomicU64 = AtomicU64::new(0);
+/// How often a call is made again, and after which time.
+const TRIES: u32 = 20;
+const AGAIN: Duration = Duration::from_millis(50);
 
 /// What is called.
 #[derive(Debug, Clone)]
@@ -76,9 +84,19 @@ impl Caller {
                 ensure!(answer.is_result(), "not a result");
             }
             Self::Http(client, body) => {
-                let answer = client.post("/mcp/tool/call", body.clone()).await?;
-                if !answer.starts_with(b"{\"success\":true") {
-                    bail!("a call failed: {}", shown(&answer));
+                let mut tries = 0;
+                loop {
+                    let answer = client.post("/mcp/tool/call", body.clone()).await?;
+                    if answer.starts_with(b"{\"success\":true") {
+                        break;
+                    }
+                    let refused = contains(&answer, "\"retryable\":true,\"outcome\":\"not_started\"");
+                    if !refused || tries == TRIES {
+                        bail!("a call failed: {}", shown(&answer));
+                    }
+                    tries += 1;
+                    REFUSED.fetch_add(1, Ordering::Relaxed);
+                    sleep(AGAIN).await;
                 }
             }
             Self::Mcpo(client, path, body) => {
@@ -91,8 +109,7 @@ impl Caller {
             Self::Varied(client, path, make, next) => {
                 let (body, expected) = make(next.fetch_add(1, Ordering::Relaxed));
                 let answer = client.post(path, body).await?;
-                let is_there = answer.windows(expected.len()).any(|part| part == expected.as_bytes());
-                ensure!(is_there, "{expected} is not in an answer: {}", shown(&answer));
+                ensure!(contains(&answer, &expected), "{expected} is not in an answer: {}", shown(&answer));
             }
             Self::Nats(client, subject, payload, trips) => {
                 for _ in 0..*trips {
@@ -119,6 +136,11 @@ pub async fn varied(
         all.push(Caller::Varied(client, path, Arc::clone(&make), Arc::clone(&next)));
     }
     Ok(all)
+}
+
+/// Whether an answer has this in it.
+pub fn contains(answer: &[u8], text: &str) -> bool {
+    answer.windows(text.len()).any(|part| part == text.as_bytes())
 }
 
 /// The beginning of an answer.

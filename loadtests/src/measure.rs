@@ -284,18 +284,8 @@ pub async fn exactly(callers: Vec<Caller>, calls: u64) -> Result<Sample> {
 pub async fn window(callers: Vec<Caller>, before: Duration, time: Duration) -> Result<f64> {
     let answered = Arc::new(AtomicU64::new(0));
     let mut tasks = JoinSet::new();
-    for mut caller in callers {
-        let answered = Arc::clone(&answered);
-        tasks.spawn(async move {
-            loop {
-                // Dropped with the tasks, and the calls that are under way with it.
-                let called: Result<()> = caller.call().await;
-                if called.is_err() {
-                    return called;
-                }
-                answered.fetch_add(1, Ordering::Relaxed);
-            }
-        });
+    for caller in callers {
+        tasks.spawn(forever(caller, Arc::clone(&answered)));
     }
     let count = async {
         tokio::time::sleep(before).await;
@@ -309,6 +299,14 @@ pub async fn window(callers: Vec<Caller>, before: Duration, time: Duration) -> R
             failed.context("nobody calls")???;
             anyhow::bail!("a caller has ended")
         }
+    }
+}
+
+/// Calls until it is dropped or a call fails, and counts.
+async fn forever(mut caller: Caller, answered: Arc<AtomicU64>) -> Result<()> {
+    loop {
+        caller.call().await?;
+        answered.fetch_add(1, Ordering::Relaxed);
     }
 }
 

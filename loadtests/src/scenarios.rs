@@ -12,12 +12,13 @@ mod soak;
 mod start;
 mod users;
 
-use std::{path::PathBuf, time::Instant};
+use std::{path::PathBuf, sync::atomic::Ordering, time::Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use clap::{Args, ValueEnum};
 
 use crate::{
+    callers::REFUSED,
     figures::{Outcome, Run},
     mcpo::Mcpo,
     paths::{Path, Stage, Target},
@@ -187,6 +188,7 @@ pub async fn perform(
         let context =
             Context { stage: &stage, options, language: *language, launch: language.launch().await?, mcpo };
         let (begun, load) = (Instant::now(), table::load_average());
+        REFUSED.store(0, Ordering::Relaxed);
         // The others may go well.
         let mut outcome = scenario.perform(&context).await.unwrap_or_else(|error| {
             let name = scenario.to_possible_value().map(|value| value.get_name().to_owned());
@@ -194,6 +196,10 @@ pub async fn perform(
             let failed = format!("{error:#}").chars().take(600).collect();
             Outcome { failed: Some(failed), ..Outcome::new(&name, &name, String::new()) }
         });
+        let refused = REFUSED.load(Ordering::Relaxed);
+        if refused > 0 {
+            outcome.text.push_str(&format!(" {refused} calls were refused for want of room and made again."));
+        }
         outcome.seconds = begun.elapsed().as_secs_f64();
         outcome.load = [load, table::load_average()];
         if *language != Language::Rust {

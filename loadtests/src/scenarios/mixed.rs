@@ -13,7 +13,7 @@ use tokio::task::JoinSet;
 
 use super::{Context, users};
 use crate::{
-    callers::{Call, shown},
+    callers::{Call, contains, shown},
     client::Client,
     figures::{Axis, Outcome, Plot, Series, Shape, Table},
     measure::{Latencies, closed_loop},
@@ -114,7 +114,7 @@ async fn write(one: String, other: String, user: u64, over: Arc<AtomicBool>) -> 
         latencies.push(begun.elapsed());
         let (answer, expected) =
             (other.post("/mcp/tool/call", users::call(user)).await?, users::secret(user, version));
-        let current = answer.windows(expected.len()).any(|part| part == expected.as_bytes());
+        let current = contains(&answer, &expected);
         ensure!(current, "a call has not the newest secret {expected}: {}", shown(&answer));
     }
     Ok(latencies)

@@ -92,7 +92,7 @@ pub async fn run(context: &Context<'_>) -> Result<Outcome> {
         x: Axis::names("path", names.iter().map(|path| path.name())),
         y: Axis::linear("s"),
         series: vec![Series::heights("to the first answer", heights)],
-        marks: vec![("budget: 0.5 s".to_owned(), SINGLE_S)],
+        marks: vec![("budget: single 0.5 s".to_owned(), SINGLE_S)],
     });
     Ok(outcome)
 }

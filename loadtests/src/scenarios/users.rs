@@ -110,7 +110,7 @@ fn setting(users: u64) -> Make {
 
 fn calling(users: u64) -> Make {
     // Each of them once, and not in their order.
-    let step = if users % 7_919 == 0 { 1 } else { 7_919 };
+    let step = if users.is_multiple_of(7_919) { 1 } else { 7_919 };
     Arc::new(move |number| {
         let user = number.wrapping_mul(step) % users;
         (call(user), secret(user, 0))
