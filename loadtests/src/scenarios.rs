@@ -227,7 +227,9 @@ pub fn verdict(run: &Run) -> Result<()> {
         budgets.len(),
         missed.join("\n  ")
     );
-    println!("\n{} budgets kept", budgets.iter().filter(|one| one.met()).count());
+    if !budgets.is_empty() {
+        println!("\n{} of {} budgets kept", budgets.iter().filter(|one| one.met()).count(), budgets.len());
+    }
     Ok(())
 }
 
