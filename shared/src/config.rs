@@ -102,6 +102,8 @@ pub struct Settings {
     pub payload_limit: usize,
     /// What is taken in at once.
     pub limits: LimitSettings,
+    /// Threads that run the program's tasks.
+    pub threads: usize,
     /// How long calls in flight have to finish when the program stops.
     pub shutdown_timeout: Duration,
     /// How long requests are still taken before that, so that others can see it coming.
@@ -231,6 +233,7 @@ impl Settings {
         let http = reader.http();
         let payload_limit = reader.required("PAYLOAD_LIMIT", parse::size);
         let limits = reader.limits(payload_limit, matches!(auth, Auth::Asked(_)));
+        let threads = reader.optional("RUNTIME_THREADS", limits::threads);
         let shutdown_timeout = reader.required("SHUTDOWN_TIMEOUT_SECONDS", parse::seconds);
         let shutdown_notice = reader.optional("SHUTDOWN_NOTICE_SECONDS", parse::seconds_or_none);
         let data_dir = reader.required("DATA_DIR", parse::path);
@@ -307,6 +310,7 @@ impl Settings {
             http,
             payload_limit,
             limits,
+            threads: threads.unwrap_or_else(|| limits::usual_threads(bus.is_some())),
             shutdown_timeout,
             shutdown_notice: shutdown_notice.unwrap_or(if bus.is_some() { NOTICE } else { Duration::ZERO }),
             data_dir,

@@ -62,7 +62,11 @@ pub fn run(
         complain(&error.to_string());
         return ExitCode::FAILURE;
     }
-    let ended = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    let ended = match tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(settings.threads)
+        .enable_all()
+        .build()
+    {
         Ok(runtime) => runtime.block_on(main(&settings)),
         Err(error) => {
             complain(&format!("the runtime did not start: {error}"));

@@ -53,6 +53,19 @@ const USER_CALLS: usize = 256;
 /// The most that a number of calls can be set to.
 pub const MOST_CALLS: usize = 1_000_000;
 
+pub(super) fn threads(text: &str) -> Result<usize, parse::Valid> {
+    let number = parse::whole(text).and_then(|number| usize::try_from(number).ok());
+    number.filter(|number| (1..=1_024).contains(number)).ok_or("a whole number from 1 to 1024")
+}
+
+/// The threads of a program that was not told. Beside one of a cluster there are NATS, perhaps other nodes, and the
+/// servers that a worker starts: a thread more than there are cores for them wakes up in vain, and everything takes
+/// longer.
+pub(super) fn usual_threads(in_cluster: bool) -> usize {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    if in_cluster { cores.saturating_sub(1).max(1) } else { cores }
+}
+
 fn count(text: &str) -> Result<usize, parse::Valid> {
     let number = parse::whole(text).and_then(|number| usize::try_from(number).ok());
     number.filter(|number| (1..=MOST_CALLS).contains(number)).ok_or("a whole number from 1 to 1000000")

@@ -141,6 +141,14 @@ pub const VARIABLES: &[Variable] = &[
         "What stands before this program's scopes in tokens: mcp:call, mcp:secrets, and so on.",
     ),
     plain(
+        "RUNTIME_THREADS",
+        "all cores; one less with NATS_URL",
+        Group::Limits,
+        Since::Now,
+        "Threads that run the program's own work, from 1 to 1024. A node of a cluster leaves a core to NATS and to the \
+         servers that it starts.",
+    ),
+    plain(
         "MAX_CONNECTIONS",
         "20000",
         Group::Limits,

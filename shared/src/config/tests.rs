@@ -75,6 +75,7 @@ fn every_value_is_read() {
         ("USER_MAX_RATE", "0.5"),
         ("WORKER_MAX_CALLS", "200"),
         ("SERVER_QUEUE", "10"),
+        ("RUNTIME_THREADS", "7"),
         ("SHUTDOWN_TIMEOUT_SECONDS", " 600 "),
         ("SHUTDOWN_NOTICE_SECONDS", "20"),
         ("DATA_DIR", "/srv/mcp data"),
@@ -123,6 +124,7 @@ fn every_value_is_read() {
         ..LimitSettings::default()
     };
     assert_eq!(settings.limits, limits);
+    assert_eq!(settings.threads, 7);
     assert_eq!(settings.shutdown_timeout, Duration::from_secs(600));
     assert_eq!(settings.shutdown_notice, Duration::from_secs(20));
     assert_eq!(settings.data_dir, Path::new("/srv/mcp data"));
@@ -243,6 +245,7 @@ fn bad_values_are_refused_with_what_would_be_valid() {
         ("USER_MAX_RATE", "1e3", "such as 50 or 0.5, or none"),
         ("WORKER_MAX_CALLS", "1000001", "a whole number from 1 to 1000000"),
         ("SERVER_QUEUE", "-1", "a whole number from 1 to 1000000"),
+        ("RUNTIME_THREADS", "0", "a whole number from 1 to 1024"),
         ("SHUTDOWN_TIMEOUT_SECONDS", "0", "from 1 to 600"),
         ("SHUTDOWN_TIMEOUT_SECONDS", "601", "from 1 to 600"),
         ("SHUTDOWN_NOTICE_SECONDS", "601", "from 0 to 600"),

@@ -151,7 +151,7 @@ mod tests {
     /// Writes when it is let.
     struct Gate {
         open: mpsc::Receiver<()>,
-        out: mpsc::Sender<Vec<u8>>,
+        out: mpsc::SyncSender<Vec<u8>>,
     }
 
     impl Write for Gate {
@@ -170,8 +170,8 @@ mod tests {
 
     #[test]
     fn lines_come_out_whole_and_in_order_and_a_flush_waits_for_them() {
-        let (open, gate) = mpsc::channel();
-        let (out, written) = mpsc::channel();
+        let (open, gate) = mpsc::sync_channel(2_000);
+        let (out, written) = mpsc::sync_channel(2_000);
         let lines = Lines::to(Gate { open: gate, out }).unwrap();
         for _ in 0..1_000 {
             open.send(()).unwrap();
@@ -190,8 +190,8 @@ mod tests {
 
     #[test]
     fn a_reader_who_is_slow_stops_nobody_and_what_finds_no_room_is_left_out() {
-        let (open, gate) = mpsc::channel();
-        let (out, written) = mpsc::channel();
+        let (open, gate) = mpsc::sync_channel(2_000);
+        let (out, written) = mpsc::sync_channel(2_000);
         let lines = Lines::to(Gate { open: gate, out }).unwrap();
         lines.put(b"first\n");
         while !lines.0.state().busy {
