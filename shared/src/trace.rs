@@ -1,7 +1,7 @@
 //! Traces: which call a piece of work belongs to, as W3C Trace Context says it, and spans of our own.
 //!
 //! What a caller says of its trace is read strictly, ignored where it is not well-formed, and passed on whether or
-//! not this program records anything itself ([`span`]).
+//! not this program records anything itself (its module `span`).
 
 use std::{
     fmt,
