@@ -142,11 +142,11 @@ pub const VARIABLES: &[Variable] = &[
     ),
     plain(
         "RUNTIME_THREADS",
-        "all cores; one less with NATS_URL",
+        "all cores; one less with NATS_URL; at least 2",
         Group::Limits,
         Since::Now,
         "Threads that run the program's own work, from 1 to 1024. A node of a cluster leaves a core to NATS and to the \
-         servers that it starts.",
+         servers that it starts. One thread is quicker on a machine of two cores, and is blocked by whoever keeps it busy.",
     ),
     plain(
         "MAX_CONNECTIONS",
