@@ -498,6 +498,11 @@ impl Deployment {
         self.data.clone()
     }
 
+    /// Waits until a program has logged this. Lines are written some milliseconds after what they tell of.
+    pub async fn logged(&self, text: &str) {
+        eventually(&format!("the log has {text:?}"), async || self.log().contains(text)).await;
+    }
+
     /// What the programs logged so far.
     pub fn log(&self) -> String {
         self.nodes.iter().map(|node| std::fs::read_to_string(&node.log).unwrap()).collect()

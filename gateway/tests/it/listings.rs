@@ -87,7 +87,7 @@ async fn tools_that_change_are_noticed() {
         })
     })
     .await;
-    assert!(api.log().contains("says something else of its tools than before"));
+    api.logged("says something else of its tools than before").await;
 
     // It is remembered until the tools are what they were, also over a restart of everything.
     let data = api.data();

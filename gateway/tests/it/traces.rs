@@ -98,6 +98,7 @@ async fn one_trace_goes_from_the_caller_to_the_server() {
     let wanted = json!({"traceparent": format!("00-{TRACE}-{}-01", asking.id),
         "tracestate": "congo=t61rcWkgMzE", "baggage": "team=red"});
     assert_eq!(told, wanted);
+    api.logged(TRACE).await;
     let line = api.log().lines().find(|line| line.contains(TRACE)).unwrap().to_owned();
     assert!(line.contains("mcp_gateway::access") && line.contains("\"trace_id\""), "{line}");
 
