@@ -1,9 +1,9 @@
 //! mcpo from PyPI: another program that puts an MCP server behind HTTP.
 
-use std::{net::TcpListener, process::Stdio, time::Duration};
+use std::{process::Stdio, time::Duration};
 
 use anyhow::{Context, Result, ensure};
-use mcp_shared::testing::tools;
+use mcp_shared::testing::{port::Port, tools};
 use tokio::{
     net::TcpStream,
     process::{Child, Command},
@@ -30,8 +30,8 @@ impl Mcpo {
     /// Starts it.
     pub async fn start(launch: &Launch) -> Result<Self> {
         let program = Self::install().await?;
-        // It does not say which port it has, so one is drawn here.
-        let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
+        let port = Port::keep();
+        let address = port.address();
         let mut process = Command::new(program)
             .args(["--host", "127.0.0.1", "--port", &address.port().to_string(), "--"])
             .arg(&launch.command)

@@ -1,11 +1,14 @@
 //! The ways of a call, each started once and then called in turns.
 
-use std::{net::TcpListener, path::PathBuf, sync::Arc};
+use std::{path::PathBuf, sync::Arc};
 
 use anyhow::{Context, Result};
 use bytes::Bytes;
 use clap::ValueEnum;
-use mcp_shared::testing::services::{self, NatsServer};
+use mcp_shared::testing::{
+    port::Port,
+    services::{self, NatsServer},
+};
 
 use crate::{
     bus::{self, Responder},
@@ -104,8 +107,8 @@ impl Stage {
             Some(folder) => folder.clone(),
             None => std::env::current_exe()?.parent().context("no folder")?.to_owned(),
         };
-        // NATS does not say which port it has drawn for its monitoring page, so one is drawn here.
-        let monitoring = TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string();
+        let port = Port::keep();
+        let monitoring = port.address().to_string();
         let config = format!("http: \"{monitoring}\"");
         let started =
             tokio::task::spawn_blocking(move || (NatsServer::start(&config), services::shared_mongo()));

@@ -7,6 +7,7 @@ pub mod fixture;
 pub mod fuzz;
 mod http;
 pub mod link;
+pub mod port;
 pub mod registry;
 pub mod remote;
 pub mod services;

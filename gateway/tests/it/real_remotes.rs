@@ -2,12 +2,15 @@
 //! report progress; they may be started again, and so may this program.
 
 use std::{
-    net::{SocketAddr, TcpListener, TcpStream},
+    net::{SocketAddr, TcpStream},
     process::{Child, Command, Stdio},
     time::Duration,
 };
 
-use mcp_shared::testing::tools::{RealServer, fastmcp_server, server_everything};
+use mcp_shared::testing::{
+    port::Port,
+    tools::{RealServer, fastmcp_server, server_everything},
+};
 use serde_json::{Value, json};
 
 use crate::{
@@ -19,7 +22,7 @@ use crate::{
 struct Served {
     server: RealServer,
     transport: &'static str,
-    address: SocketAddr,
+    port: Port,
     child: Child,
 }
 
@@ -27,15 +30,15 @@ impl Served {
     async fn start(get: fn() -> RealServer, transport: &'static str) -> Self {
         // Installing may take long, and blocks.
         let server = tokio::task::spawn_blocking(get).await.unwrap();
-        let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        let child = launch(&server, transport, address);
-        let served = Self { server, transport, address, child };
+        let port = Port::keep();
+        let child = launch(&server, transport, port.address());
+        let served = Self { server, transport, port, child };
         served.listens().await;
         served
     }
 
     async fn listens(&self) {
-        eventually("the server listens", async || TcpStream::connect(self.address).is_ok()).await;
+        eventually("the server listens", async || TcpStream::connect(self.port.address()).is_ok()).await;
     }
 
     fn kill(&mut self) {
@@ -45,13 +48,13 @@ impl Served {
 
     async fn restart(&mut self) {
         self.kill();
-        self.child = launch(&self.server, self.transport, self.address);
+        self.child = launch(&self.server, self.transport, self.port.address());
         self.listens().await;
     }
 
     async fn add(&self, api: &Deployment, path: &str) -> Value {
         let body = json!({"name": "real", "transportType": "streamable_http",
-            "url": format!("http://{}{path}", self.address),
+            "url": format!("http://{}{path}", self.port.address()),
             "reconnectionOptions": {"initialReconnectionDelay": 100, "maxRetries": 5}});
         let added = api.post("/mcp/servers", &body).await.ok().json()["server"].clone();
         assert_eq!(added["status"], "connected", "{added}");

@@ -7,7 +7,7 @@ use std::{
     process::{Child, Output, Stdio},
 };
 
-use mcp_shared::config::VARIABLES;
+use mcp_shared::{config::VARIABLES, testing::port::Port};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -20,12 +20,6 @@ use crate::{
 };
 
 type Set<'a> = &'a [(&'a str, &'a str)];
-
-/// An address on this machine where nobody listens.
-fn nobody() -> String {
-    let free = TcpListener::bind("127.0.0.1:0").unwrap();
-    free.local_addr().unwrap().to_string()
-}
 
 fn with(settings: Set<'_>) -> Builder {
     settings.iter().fold(Deployment::builder(), |builder, (name, value)| builder.env(name, *value))
@@ -89,7 +83,8 @@ async fn incomplete_and_unsafe_clusters_are_refused() {
 
 #[tokio::test]
 async fn a_store_that_stays_away_ends_the_start() {
-    let mongo = nobody();
+    let nobody = Port::keep();
+    let mongo = nobody.address().to_string();
     let uri = format!("mongodb://u:canary@{mongo}/?serverSelectionTimeoutMS=500");
     let expected: &[&str] = &["MongoDB", &mongo];
     let settings: Set<'_> = &[
@@ -106,7 +101,8 @@ async fn a_store_that_stays_away_ends_the_start() {
 
 #[tokio::test]
 async fn check_says_what_cannot_be_reached() {
-    let (mongo, nats) = (nobody(), nobody());
+    let kept = [Port::keep(), Port::keep()];
+    let [mongo, nats] = kept.each_ref().map(|nobody| nobody.address().to_string());
     let uri = format!("mongodb://u:canary@{mongo}/?serverSelectionTimeoutMS=500");
     let url = format!("nats://u:canary@{nats}");
     let settings: Set<'_> = &[("MONGODB_URI", &uri), ("SECRETS_KEY", KEY), ("NATS_URL", &url)];
@@ -154,12 +150,13 @@ struct Waiting {
     child: Child,
     base: String,
     _data: Data,
+    _nobody: Port,
 }
 
 impl Waiting {
     async fn start(worker: bool) -> Self {
-        let data = Data::new();
-        let uri = format!("mongodb://{}/?serverSelectionTimeoutMS=500", nobody());
+        let (data, nobody) = (Data::new(), Port::keep());
+        let uri = format!("mongodb://{}/?serverSelectionTimeoutMS=500", nobody.address());
         let settings: Set<'_> = &[
             ("MONGODB_URI", &uri),
             ("SECRETS_KEY", KEY),
@@ -182,7 +179,7 @@ impl Waiting {
         .await
         .unwrap();
         std::thread::spawn(move || lines.count());
-        Self { child, base: format!("http://{found}"), _data: data }
+        Self { child, base: format!("http://{found}"), _data: data, _nobody: nobody }
     }
 }
 

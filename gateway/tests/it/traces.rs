@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use mcp_shared::testing::port::Port;
 use reqwest::Method;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
@@ -238,9 +239,9 @@ async fn context_is_passed_on_where_nothing_is_exported() {
 async fn a_collector_that_is_away_harms_no_call() {
     // Somebody who takes connections and never answers.
     let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let away = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    let away = Port::keep();
     for (address, timeout, reason) in [
-        (away, "300", "export_failed"),
+        (away.address(), "300", "export_failed"),
         (silent.local_addr().unwrap(), "300", "export_failed"),
         (silent.local_addr().unwrap(), "60000", "queue_full"),
     ] {

@@ -18,7 +18,7 @@
 use std::{
     collections::BTreeMap,
     io::{Read, Write},
-    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    net::{TcpListener, TcpStream},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread,
     time::Duration,
@@ -27,6 +27,8 @@ use std::{
 use base64::{Engine, engine::general_purpose};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256, Sha512};
+
+use super::port::Port;
 
 mod archive;
 
@@ -51,7 +53,7 @@ pub enum Fault {
 
 /// A registry. It ends when this is dropped.
 pub struct Registry {
-    address: SocketAddr,
+    port: Port,
     shared: Arc<Shared>,
 }
 
@@ -102,21 +104,19 @@ impl Default for State {
 impl Registry {
     /// Starts an empty one.
     pub fn start() -> Self {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("loopback can be listened on");
-        let address = listener.local_addr().expect("a listener has an address");
-        let registry = Self { address, shared: Arc::default() };
-        registry.listen(listener);
+        let registry = Self { port: Port::keep(), shared: Arc::default() };
+        registry.listen(registry.port.listen());
         registry
     }
 
     /// What npm needs to be told: `npm_config_registry`.
     pub fn npm_url(&self) -> String {
-        format!("http://{}/", self.address)
+        format!("http://{}/", self.port.address())
     }
 
     /// What pip and uv need to be told: the index's address.
     pub fn pip_url(&self) -> String {
-        format!("http://{}/simple/", self.address)
+        format!("http://{}/simple/", self.port.address())
     }
 
     /// Makes it fail, or work again.
@@ -127,10 +127,10 @@ impl Registry {
             state.listener = None;
             drop(state);
             // The thread that waits for a connection has its own handle of the listener.
-            let _ = TcpStream::connect(self.address);
+            let _ = TcpStream::connect(self.port.address());
         } else if state.listener.is_none() {
             drop(state);
-            self.listen(TcpListener::bind(self.address).expect("the port is still free"));
+            self.listen(self.port.listen());
         }
     }
 
@@ -155,7 +155,7 @@ impl Registry {
         let path = format!("/{name}/-/{bare}-{version}.tgz");
         manifest.insert(
             "dist".to_owned(),
-            json!({"tarball": format!("http://{}{path}", self.address), "integrity": integrity}),
+            json!({"tarball": format!("http://{}{path}", self.port.address()), "integrity": integrity}),
         );
         if ["preinstall", "install", "postinstall"].iter().any(|script| has_script(&manifest, script)) {
             manifest.insert("hasInstallScript".to_owned(), true.into());

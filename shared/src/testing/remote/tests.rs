@@ -10,18 +10,17 @@ use std::{
 use serde_json::{Value, json};
 
 use super::{Options, server};
-use crate::testing::authorization::Authorization;
+use crate::testing::{authorization::Authorization, port::Port};
 
 /// Serves on a thread of this process, which lasts as long as that does.
 fn start(flags: &[&str]) -> String {
     // Whoever takes a free port tells it on standard output, which is not ours here.
-    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = free.local_addr().unwrap();
-    drop(free);
+    let port = Port::keep();
+    let address = port.address();
     let mut all = vec!["--http".to_owned(), address.port().to_string()];
     all.extend(flags.iter().map(|flag| (*flag).to_owned()));
     let options = Options::parse(&all).unwrap();
-    thread::spawn(move || server::serve(options).map(|never| match never {}));
+    thread::spawn(move || (port, server::serve(options).map(|never| match never {})));
     while TcpStream::connect(address).is_err() {
         thread::sleep(Duration::from_millis(5));
     }

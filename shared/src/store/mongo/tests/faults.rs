@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, time::Instant};
 
 use super::*;
-use crate::testing::{services::MongoServer, store_contract::server};
+use crate::testing::{port::Port, services::MongoServer, store_contract::server};
 
 async fn private() -> (MongoServer, MongoSettings) {
     let server = tokio::task::spawn_blocking(MongoServer::start).await.unwrap();
@@ -103,10 +103,8 @@ async fn a_database_that_does_not_answer_costs_no_more_than_the_limit() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nobody_there_is_an_outage_that_shows_no_password() {
-    // A port that nobody listens on: it is bound, but not listened to.
-    let socket = tokio::net::TcpSocket::new_v4().unwrap();
-    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
-    let uri = format!("mongodb://user:canary@{}/?directConnection=true", socket.local_addr().unwrap());
+    let nobody = Port::keep();
+    let uri = format!("mongodb://user:canary@{}/?directConnection=true", nobody.address());
     let begun = Instant::now();
     let error = MongoStore::connect(MongoSettings::new(uri.into())).await.unwrap_err();
     assert!(begun.elapsed() < limit());
