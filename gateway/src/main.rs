@@ -22,6 +22,7 @@ mod login;
 mod meters;
 mod nkeys;
 mod pace;
+mod parts;
 mod problem;
 mod router;
 mod routes;

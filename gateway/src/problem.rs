@@ -1,6 +1,9 @@
 //! How errors leave: the envelope, and the only mapping of codes to HTTP.
 
-use axum::response::{IntoResponse, Response};
+use axum::{
+    body::Body,
+    response::{IntoResponse, Response},
+};
 use http::{HeaderName, HeaderValue, StatusCode, header};
 use mcp_shared::{
     answer::failure,
@@ -222,7 +225,12 @@ pub fn json_response(status: StatusCode, body: &impl serde::Serialize) -> Respon
 
 /// A JSON answer from finished bytes.
 pub fn json_bytes(status: StatusCode, body: bytes::Bytes) -> Response {
-    let mut response = Response::new(body.into());
+    json_body(status, body.into())
+}
+
+/// A JSON answer with this body.
+pub fn json_body(status: StatusCode, body: Body) -> Response {
+    let mut response = Response::new(body);
     *response.status_mut() = status;
     let json = HeaderValue::from_static("application/json; charset=utf-8");
     response.headers_mut().insert(header::CONTENT_TYPE, json);

@@ -27,27 +27,32 @@ pub fn failure(error: &WorkerError, request: &RequestId) -> Value {
 
 /// `{"success":true,"data":RESULT}` with the result's bytes as they are, and its content type added.
 pub fn success(result: &RawJson) -> Bytes {
-    let content_type = content_type(result);
-    let raw = result.as_bytes();
-    let mut out = Vec::with_capacity(raw.len() + 96);
-    out.extend_from_slice(b"{\"success\":true,\"data\":");
-    match (content_type, raw.strip_suffix(b"}")) {
-        (Some(content_type), Some(members)) => {
-            out.extend_from_slice(members);
-            if members.trim_ascii_end() != b"{" {
-                out.push(b',');
-            }
-            out.extend_from_slice(b"\"contentType\":");
-            // A MIME type of the server's choosing may hold anything that a string can.
-            if serde_json::to_writer(&mut out, &content_type).is_err() {
-                out.extend_from_slice(b"null");
-            }
-            out.push(b'}');
-        }
-        _ => out.extend_from_slice(raw),
+    let [before, members, after] = success_in_parts(result);
+    let mut out = Vec::with_capacity(before.len() + members.len() + after.len());
+    for part in [before, members, after] {
+        out.extend_from_slice(&part);
     }
-    out.push(b'}');
     out.into()
+}
+
+/// The same document in three parts, of which the large one, in the middle, is no copy of the result.
+pub fn success_in_parts(result: &RawJson) -> [Bytes; 3] {
+    let raw = result.bytes();
+    let before = Bytes::from_static(b"{\"success\":true,\"data\":");
+    let (Some(content_type), Some(members)) = (content_type(result), raw.strip_suffix(b"}")) else {
+        return [before, raw.clone(), Bytes::from_static(b"}")];
+    };
+    let mut after = Vec::with_capacity(64);
+    if members.trim_ascii_end() != b"{" {
+        after.push(b',');
+    }
+    after.extend_from_slice(b"\"contentType\":");
+    // A MIME type of the server's choosing may hold anything that a string can.
+    if serde_json::to_writer(&mut after, &content_type).is_err() {
+        after.extend_from_slice(b"null");
+    }
+    after.extend_from_slice(b"}}");
+    [before, raw.slice(..members.len()), after.into()]
 }
 
 /// The MIME type of a result; `None` when the result says it itself.
@@ -118,7 +123,9 @@ mod tests {
             ("{ }", "application/json"),
         ];
         for (result, expected) in cases {
-            let body = success(&RawJson::parse(result).unwrap());
+            let result_bytes = RawJson::parse(result).unwrap();
+            let body = success(&result_bytes);
+            assert_eq!(body, success_in_parts(&result_bytes).concat());
             let text = std::str::from_utf8(&body).unwrap();
             assert!(text.contains(result.trim_end_matches('}')), "{text}");
             let value: serde_json::Value = serde_json::from_str(text).unwrap();
