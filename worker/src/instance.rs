@@ -26,7 +26,7 @@ use crate::{
     mcp,
     packages::{folders::Installed, launch::localized},
     supervisor::{Child, Exit, SpawnSpec, Supervisor},
-    transport::{connection::Connection, http::Http, stdio},
+    transport::{connection::Connection, http::Http, stdio, turns::Turns},
 };
 
 /// Variables of ours that a child gets. Everything else of our environment, above all our own secrets,
@@ -401,7 +401,7 @@ async fn watch_over(
 /// Reads standard error to its end, whatever comes: a child must never block on it.
 async fn keep_stderr(mut stderr: impl AsyncRead + Unpin, log: Arc<Log>) {
     let mut chunk = vec![0; 8 * 1024];
-    let mut line = Vec::new();
+    let (mut line, mut turns) = (Vec::new(), Turns::default());
     while let Ok(count @ 1..) = stderr.read(&mut chunk).await {
         for part in chunk[..count].split_inclusive(|byte| *byte == b'\n') {
             // The log cuts lines; what it would not look at is not collected either.
@@ -411,6 +411,7 @@ async fn keep_stderr(mut stderr: impl AsyncRead + Unpin, log: Arc<Log>) {
                 push_line(&mut line, &log);
             }
         }
+        turns.took(count).await;
     }
     push_line(&mut line, &log);
 }

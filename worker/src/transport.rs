@@ -13,6 +13,7 @@ mod lines;
 mod message;
 pub mod sse;
 pub mod stdio;
+pub(crate) mod turns;
 
 pub use message::RpcError;
 pub(crate) use message::push_string;

@@ -32,6 +32,7 @@ use crate::{
     caller::Caller,
     login::Invitation,
     meters::CallMeter,
+    parts,
     problem::{Problem, json_bytes},
 };
 
@@ -65,7 +66,7 @@ pub async fn call(
     let replayed = replayed.then(|| HeaderValue::from_static("true"));
     match result {
         Ok(result) => {
-            let mut answer = json_bytes(StatusCode::OK, success(&result));
+            let mut answer = parts::answer(&result);
             answer.headers_mut().extend(replayed.map(|value| (REPLAYED, value)));
             Ok(answer)
         }
@@ -141,8 +142,8 @@ fn read_call(caller: &Caller, headers: &HeaderMap, body: &Bytes) -> Result<(Call
 
 /// `GET /mcp/tools`: the tools of all enabled servers, also of those that do not run right now.
 pub async fn list(State(app): State<Arc<App>>, caller: Caller) -> Result<Response, Problem> {
-    let servers = app.vault.servers().await?;
-    let reports = app.reports().await?;
+    let (servers, reports) = tokio::join!(app.vault.servers(), app.reports());
+    let (servers, reports) = (servers?, reports?);
     let mut out = b"{\"success\":true,\"tools\":[".to_vec();
     let seen =
         servers.iter().filter(|server| server.value.enabled && caller.reach.has_server(&server.value.name));

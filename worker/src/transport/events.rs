@@ -16,6 +16,8 @@ use reqwest::Response;
 use sse_stream::{Error, Sse, SseStream};
 use tokio::time::{Instant, timeout};
 
+use super::turns::Turns;
+
 /// Bytes of one event.
 const EVENT_BYTES: usize = limits::LINE_BYTES;
 /// The shortest pause before a stream is taken up again.
@@ -82,6 +84,7 @@ pub struct Events {
     meter: Arc<Meter>,
     /// How long a line may take.
     stall: Duration,
+    turns: Turns,
 }
 
 impl Events {
@@ -110,7 +113,8 @@ impl Events {
             counter.count(&chunk)?;
             io::Result::Ok(chunk)
         });
-        Self { stream: SseStream::from_bytes_stream(counted.fuse()).boxed(), meter, stall }
+        let stream = SseStream::from_bytes_stream(counted.fuse()).boxed();
+        Self { stream, meter, stall, turns: Turns::default() }
     }
 
     /// The next event.
@@ -118,7 +122,9 @@ impl Events {
         loop {
             match timeout(self.stall / 4, self.stream.next()).await {
                 Ok(Some(Ok(event))) => {
-                    self.meter.since_event.store(0, Ordering::Relaxed);
+                    let bytes = self.meter.since_event.swap(0, Ordering::Relaxed);
+                    // Those that came with others have no bytes of their own here.
+                    self.turns.took(bytes).await;
                     return Ok(event);
                 }
                 Ok(Some(Err(Error::Body(error)))) => {

@@ -12,6 +12,7 @@ use zeroize::Zeroize;
 use super::{
     connection::{Connection, Failure, Frame},
     lines::{Line, Lines},
+    turns::Turns,
 };
 use crate::logs::Log;
 
@@ -95,7 +96,7 @@ fn empty(buffer: &mut Vec<u8>, secret: bool) {
 
 /// Reads lines and hands out what they say, until the output ends.
 async fn read(output: impl AsyncRead + Unpin, connection: Connection) {
-    let mut lines = Lines::new(output);
+    let (mut lines, mut turns) = (Lines::new(output), Turns::default());
     let _gone = Gone(connection.clone());
     loop {
         // A helper that outlives its server may keep the other end open for ever.
@@ -104,7 +105,11 @@ async fn read(output: impl AsyncRead + Unpin, connection: Connection) {
             () = connection.closed() => break,
         };
         match next {
-            Ok(Some(Line::Whole(line))) => connection.take(line, None).await,
+            Ok(Some(Line::Whole(line))) => {
+                let length = line.len();
+                connection.take(line, None).await;
+                turns.took(length).await;
+            }
             Ok(Some(Line::TooLong(id))) => {
                 connection.log().note("a line on standard output was too long and was skipped");
                 if let Some(id) = id {
