@@ -117,6 +117,14 @@ impl FleetView {
         }
     }
 
+    /// A node answered about a call: it is at work, although its beats may not be read in time. One in whose name
+    /// nobody answered since is out all the same: the answer may be older than that.
+    pub fn answered(&mut self, now: Now, node: &WorkerId) {
+        if let Some(node) = self.nodes.get_mut(node).filter(|node| !node.silent) {
+            node.heard = now;
+        }
+    }
+
     /// Silence did not count until now: the bus was away.
     pub fn excuse(&mut self, now: Now) {
         for node in self.nodes.values_mut().filter(|node| !node.silent) {

@@ -329,3 +329,15 @@ fn people_see_who_is_there() {
     assert_eq!(fleet.workers[0].heard_ms, 10);
     assert!(view.view(NOW + OUT_AFTER).workers.is_empty());
 }
+
+#[test]
+fn a_worker_that_answers_is_there_although_its_beats_are_not_read() {
+    let mut view = view([worker("a"), worker("b")]);
+    let later = NOW + OUT_AFTER;
+    view.answered(later, &id("a"));
+    assert_eq!(view.live(later), [id("a")]);
+    // An answer that was sent before it went does not bring it back.
+    view.silent(&id("a"));
+    view.answered(later, &id("a"));
+    assert!(view.live(later).is_empty());
+}

@@ -294,6 +294,10 @@ impl Inner {
                         let until = now + NO_EXPANSION;
                         lock(&self.expanding).insert(call.request.server.clone(), until);
                     }
+                    // Where thousands are turned away, beats come late.
+                    if let Some(worker) = state.caller.worker() {
+                        self.fleet_mut().answered(now, worker);
+                    }
                     state.caller.said(now, attempt, Said::Refuse(refusal))
                 }
                 ToRouter::Progress if going => {
