@@ -11,7 +11,7 @@ use mcp_shared::{
     ids::UserId,
     json::RawJson,
     limits,
-    metrics::{Carrier, Stage},
+    metrics::{CallEnd, Carrier, Stage},
     trace::{Key, Kind, Span, Trace},
     worker_api::CallEvent,
 };
@@ -82,7 +82,11 @@ impl Call {
     pub async fn run(self, mut go: Go) -> Result<RawJson, WorkerError> {
         let ended = self.run_named(&mut go).await;
         meters::call_ended(&ended);
-        conclude(std::mem::take(&mut go.span), &ended);
+        let span = std::mem::take(&mut go.span);
+        match &ended {
+            Ok(result) => answered(span, result),
+            Err(_) => conclude(span, &ended),
+        }
         // Only now: a call that has a name has given it back, so that another worker can take it.
         if let (Err(error), true, Some(held)) = (&ended, go.unable, go.held.take()) {
             let _ = held.send(Err(Refusal::Busy { error: error.clone() }));
@@ -260,7 +264,7 @@ impl Call {
                 Ok(answer) => {
                     let ended = self.conclude(answer, &group, instance.is_stopping());
                     match &ended {
-                        Ok(_) => asking.end(),
+                        Ok(result) => answered(asking, result),
                         Err(attempt) => asking.fail(attempt.code()),
                     }
                     return ended;
@@ -463,6 +467,15 @@ impl Attempt {
             Attempt::Replaced => "server_replaced",
             Attempt::Lost(error) | Attempt::Failed(error) => error.code.as_str(),
         }
+    }
+}
+
+/// Ends a span of a call that was answered. The answer may be that the tool failed.
+fn answered(span: Span, result: &RawJson) {
+    if span.is_recorded() && result.says_error() {
+        span.fail(CallEnd::ToolError.as_str());
+    } else {
+        span.end();
     }
 }
 

@@ -142,6 +142,18 @@ async fn errors_are_recorded_by_their_codes() {
     assert_eq!(named(&spans, "call").says("mcp.call.outcome"), "completed");
     assert_eq!(named(&spans, "POST /mcp/tool/call").says("error.type"), code);
 
+    // For whoever asked over HTTP, a tool that failed has answered.
+    assert_eq!(call(5, &[], "shared", "fail", json!({})).await.ok().json()["data"]["isError"], true);
+    let spans = collector.trace(&trace(5), 5).await;
+    is_one_call(&spans);
+    for name in ["tools/call", "call"] {
+        assert_eq!(
+            (named(&spans, name).failed, named(&spans, name).says("error.type")),
+            (true, "tool_error")
+        );
+    }
+    assert!(!named(&spans, "POST /mcp/tool/call").failed, "{spans:#?}");
+
     // What is the caller's mistake is no failure of the route's.
     call(2, &[], "nobody", "echo", json!({"text": "a canary sang"})).await.fails(404, "server_not_found");
     let spans = collector.trace(&trace(2), 1).await;

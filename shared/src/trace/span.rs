@@ -76,7 +76,7 @@ keys! {
     Method = "http.request.method", "The method of an HTTP request.";
     Route = "http.route", "The pattern that its path matched.";
     Status = "http.response.status_code", "The status of its answer.";
-    Error = "error.type", "The code of the error that it ended with; `cancelled` if whoever asked was gone.";
+    Error = "error.type", "The code of the error that it ended with; `cancelled` if whoever asked was gone; `tool_error` if a tool says of its result that it is an error (`isError`).";
     Messaging = "messaging.system", "`nats`, where a service asked over the bus.";
     McpMethod = "mcp.method.name", "`tools/call`.";
     Server = "mcp.server.name", "The name of the server.";
