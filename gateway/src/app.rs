@@ -152,9 +152,10 @@ impl App {
     /// What is known about all servers. Listings of which no worker knows better are those of the store:
     /// a server has its tools whether or not anybody runs it right now.
     pub async fn reports(&self) -> Result<HashMap<ServerName, ServerReport>, Problem> {
+        let (running, stored) = tokio::join!(self.worker.reports(), self.vault.tools());
         let mut reports: HashMap<_, _> =
-            self.worker.reports().await?.into_iter().map(|report| (report.name.clone(), report)).collect();
-        for stored in self.vault.tools().await? {
+            running?.into_iter().map(|report| (report.name.clone(), report)).collect();
+        for stored in stored? {
             let listed = reports.get(&stored.server).is_some_and(|report| report.listed.is_some());
             if listed || stored.user.is_some() {
                 continue;

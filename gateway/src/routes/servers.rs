@@ -39,8 +39,8 @@ const ATTEMPTS: usize = 5;
 
 /// `GET /mcp/servers`.
 pub async fn list(State(app): State<Arc<App>>, caller: Caller) -> Result<Response, Problem> {
-    let servers = app.vault.servers().await?;
-    let reports = app.reports().await?;
+    let (servers, reports) = tokio::join!(app.vault.servers(), app.reports());
+    let (servers, reports) = (servers?, reports?);
     let views = servers
         .iter()
         .filter(|server| caller.reach.has_server(&server.value.name))
