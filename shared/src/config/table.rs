@@ -146,7 +146,8 @@ pub const VARIABLES: &[Variable] = &[
         Group::Limits,
         Since::Now,
         "Threads that run the program's own work, from 1 to 1024. A node of a cluster leaves a core to NATS and to the \
-         servers that it starts. One thread is quicker on a machine of two cores, and is blocked by whoever keeps it busy.",
+         servers that it starts. Where several of these programs share a machine, they are quickest with its cores \
+         divided among them.",
     ),
     plain(
         "MAX_CONNECTIONS",
