@@ -1,7 +1,11 @@
 //! Requests to other machines, all of them through the guard: no redirects, no proxies of the environment,
 //! no connection to an address that was not judged.
+//!
+//! Connections are looked after by threads of their own. What the other side sends before an answer begins is
+//! taken apart where nobody can make it give way: a server that floods there would keep whoever shares its
+//! thread from their work, the node's own signs of life among them.
 
-use std::{error::Error, sync::Arc, time::Duration};
+use std::{error::Error, io, sync::Arc, time::Duration};
 
 use mcp_shared::{
     egress::{Egress, EgressError},
@@ -12,6 +16,8 @@ use reqwest::{
     dns::{Addrs, Name, Resolve, Resolving},
     redirect::Policy,
 };
+use tokio::runtime::{Builder, Handle, Runtime};
+use tokio_util::task::AbortOnDropHandle;
 
 /// How long a connection that nobody uses is kept.
 const IDLE: Duration = Duration::from_secs(60);
@@ -20,7 +26,37 @@ const IDLE: Duration = Duration::from_secs(60);
 #[derive(Debug, Clone)]
 pub struct Outgoing {
     egress: Egress,
-    client: Result<Client, String>,
+    client: Result<(Client, Arc<Apart>), String>,
+}
+
+/// The threads of the connections, which end with them.
+#[derive(Debug)]
+struct Apart(Option<Runtime>);
+
+impl Apart {
+    fn new() -> io::Result<Self> {
+        let runtime = Builder::new_multi_thread()
+            .worker_threads(2)
+            .thread_name("remote")
+            // After each step of a connection, however long it took, the others are looked at.
+            .event_interval(1)
+            .enable_all()
+            .build()?;
+        Ok(Self(Some(runtime)))
+    }
+
+    fn handle(&self) -> Option<&Handle> {
+        self.0.as_ref().map(Runtime::handle)
+    }
+}
+
+impl Drop for Apart {
+    fn drop(&mut self) {
+        // It may be dropped by a task, which must not wait.
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
+    }
 }
 
 /// Why there is no answer.
@@ -67,7 +103,8 @@ impl Outgoing {
             .dns_resolver(Arc::new(Guarded(egress.clone())))
             .build()
             // Without any trusted certificate on this machine, for one. Other servers can do without.
-            .map_err(|error| chain(&error));
+            .map_err(|error| chain(&error))
+            .and_then(|client| Ok((client, Arc::new(Apart::new().map_err(|error| chain(&error))?))));
         Self { egress, client }
     }
 
@@ -80,8 +117,12 @@ impl Outgoing {
     pub async fn send(&self, request: Request) -> Result<Response, SendError> {
         // An address in the URL is connected to without being looked up.
         self.egress.check_url(request.url()).map_err(SendError::Egress)?;
-        let client = self.client.as_ref().map_err(|error| SendError::Unreachable(error.as_str().into()))?;
-        client.execute(request).await.map_err(classify)
+        let (client, apart) =
+            self.client.as_ref().map_err(|error| SendError::Unreachable(error.as_str().into()))?;
+        let Some(apart) = apart.handle() else { return Err(SendError::Unreachable("it ends".into())) };
+        // Dropping this gives the request up, wherever it is.
+        let sending = AbortOnDropHandle::new(apart.spawn(client.execute(request)));
+        sending.await.map_err(|error| SendError::Lost(error.into()))?.map_err(classify)
     }
 }
 
