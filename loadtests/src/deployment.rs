@@ -56,14 +56,6 @@ pub struct Deployment {
     data: TempDir,
 }
 
-/// Threads for each program of a cluster that has this machine to itself: its share of the cores, as README advises
-/// for programs that share a machine. `RUNTIME_THREADS`, where it is set, is what they all get instead.
-pub fn threads(programs: usize) -> usize {
-    let asked = std::env::var("RUNTIME_THREADS").ok().and_then(|threads| threads.parse().ok());
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    asked.unwrap_or_else(|| (cores / programs.max(1)).max(1))
-}
-
 impl Deployment {
     /// Starts the program alone. `env` says what each program gets on top, by its name.
     pub async fn single(
@@ -101,9 +93,7 @@ impl Deployment {
         let name = data.path().file_name().and_then(|name| name.to_str()).context("no name")?;
         let name: String =
             format!("load-{}", name.chars().filter(char::is_ascii_alphanumeric).collect::<String>());
-        let threads = threads(cluster.gateways + cluster.workers).to_string();
         let settings = [
-            ("RUNTIME_THREADS", threads.as_str()),
             ("PORT", "0"),
             ("WORKER_PORT", "0"),
             ("NATS_URL", cluster.nats.as_str()),

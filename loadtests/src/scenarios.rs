@@ -19,7 +19,6 @@ use clap::{Args, ValueEnum};
 
 use crate::{
     callers::REFUSED,
-    deployment,
     figures::{Outcome, Run},
     mcpo::Mcpo,
     paths::{Path, Stage, Target},
@@ -181,10 +180,6 @@ pub async fn perform(
 ) -> Result<()> {
     let stage = Stage::set(options.programs.as_ref()).await?;
     run.machine = table::machine(&stage.programs, &stage.nats_version().await?).await?;
-    run.machine.push(format!(
-        "a gateway and a worker of a cluster with RUNTIME_THREADS={} each; a single node as it is by default",
-        deployment::threads(2)
-    ));
     let mcpo = !options.without_mcpo && Mcpo::install().await.is_ok();
     if !mcpo {
         println!("mcpo is not compared with");

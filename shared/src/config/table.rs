@@ -146,8 +146,7 @@ pub const VARIABLES: &[Variable] = &[
         Group::Limits,
         Since::Now,
         "Threads that run the program's own work, from 1 to 1024. A node of a cluster leaves a core to NATS and to the \
-         servers that it starts. Where several of these programs share a machine, they are quickest with its cores \
-         divided among them.",
+         servers that it starts. One thread is quicker on a machine of two cores, and is blocked by whoever keeps it busy.",
     ),
     plain(
         "MAX_CONNECTIONS",
