@@ -59,11 +59,10 @@ pub(super) fn threads(text: &str) -> Result<usize, parse::Valid> {
 }
 
 /// The threads of a program that was not told. Beside one of a cluster there are NATS, perhaps other nodes, and the
-/// servers that a worker starts: a thread more than there are cores for them wakes up in vain. But there are two at
-/// least, so that whoever keeps one busy, such as a server that floods its worker, does not keep everybody waiting.
+/// servers that a worker starts: a thread more than there are cores for them wakes up in vain.
 pub(super) fn usual_threads(in_cluster: bool) -> usize {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    if in_cluster { cores.saturating_sub(1) } else { cores }.max(2)
+    if in_cluster { cores.saturating_sub(1).max(1) } else { cores }
 }
 
 fn count(text: &str) -> Result<usize, parse::Valid> {

@@ -142,11 +142,11 @@ pub const VARIABLES: &[Variable] = &[
     ),
     plain(
         "RUNTIME_THREADS",
-        "all cores; one less with NATS_URL; at least 2",
+        "all cores; one less with NATS_URL, of several",
         Group::Limits,
         Since::Now,
         "Threads that run the program's own work, from 1 to 1024. A node of a cluster leaves a core to NATS and to the \
-         servers that it starts. One thread is quicker on a machine of two cores, and is blocked by whoever keeps it busy.",
+         servers that it starts.",
     ),
     plain(
         "MAX_CONNECTIONS",
