@@ -101,7 +101,7 @@ pub async fn read(headers: &HeaderMap, body: Body, limit: usize, room: &mut Room
     }
     // Before the first byte of it, if its sender says how long it is.
     room.grow_to(declared.unwrap_or(0))?;
-    let bytes = timeout(limits::BODY_TIMEOUT, collect(body, limit, room))
+    let bytes = timeout(limits::BODY_TIMEOUT, collect(body, declared.unwrap_or(0), limit, room))
         .await
         .map_err(|_| Problem::new(ErrorCode::RequestTimeout, "The body did not arrive in time"))??;
     if bytes.is_empty() {
@@ -113,8 +113,8 @@ pub async fn read(headers: &HeaderMap, body: Body, limit: usize, room: &mut Room
     Ok(bytes)
 }
 
-/// The bytes of a body. Room is taken as they come, as far as there is none yet.
-async fn collect(body: Body, limit: usize, room: &mut Room) -> Result<Bytes, Problem> {
+/// The bytes of a body, of which so many are expected. Room is taken as they come, as far as there is none yet.
+async fn collect(body: Body, expected: usize, limit: usize, room: &mut Room) -> Result<Bytes, Problem> {
     let unreadable = || Problem::invalid("The body could not be read to its end");
     let mut body = Limited::new(body, limit);
     let mut first = Bytes::new();
@@ -133,6 +133,8 @@ async fn collect(body: Body, limit: usize, room: &mut Room) -> Result<Bytes, Pro
             continue;
         }
         if whole.is_empty() {
+            // All of it at once: what grows takes up to twice as much. (What is not written to is not there yet.)
+            whole.reserve(expected.max(first.len() + part.len()));
             whole.extend_from_slice(&std::mem::take(&mut first));
         }
         whole.extend_from_slice(&part);
