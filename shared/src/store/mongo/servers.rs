@@ -1,5 +1,7 @@
 //! Servers and the tools that they listed.
 
+use std::collections::HashSet;
+
 use mongodb::{
     Cursor,
     bson::{Bson, Document, RawDocumentBuf, doc},
@@ -15,12 +17,17 @@ use crate::{
     store::{Revision, SealedServer, StoreError, StoredTools, Versioned},
 };
 
+/// Documents that are asked for at once where all are read. (By default it is a hundred, and then the rest.)
+const BATCH: u32 = 1_000;
 const UNREADABLE: &str = "a server's record cannot be read";
 
 impl Database {
     pub(super) async fn all_servers(&self) -> Result<Vec<Versioned<SealedServer>>, Failure> {
-        let rows = collect(self.servers.find(doc! {}).sort(doc! { "_id": 1 }).await?).await?;
+        let mut rows = collect(self.servers.find(doc! {}).batch_size(BATCH).await?).await?;
+        // The older before the newer. (Listings read all of them, and sorting costs this program nothing.)
+        rows.sort_by_key(|row| row.get_object_id("_id").map(|id| id.bytes()).unwrap_or_default());
         let mut servers: Vec<Versioned<SealedServer>> = Vec::with_capacity(rows.len());
+        let mut names = HashSet::with_capacity(rows.len());
         for row in rows {
             // One record that cannot be read must not keep the other servers from running.
             let read = StoredServer::read(&row).and_then(|stored| match stored.record() {
@@ -28,7 +35,7 @@ impl Database {
                 Err(cause) => Err(format!("server {}: {cause}", row.get_str("name").unwrap_or_default())),
             });
             match read {
-                Ok(server) if servers.iter().any(|other| other.value.0.name == server.value.0.name) => {
+                Ok(server) if !names.insert(server.value.0.name.clone()) => {
                     // Nothing in mcp-api's database prevents two. The older one is the one that counts.
                     tracing::error!(
                         server.name = %server.value.0.name, server.id = %server.value.0.id,
@@ -225,7 +232,7 @@ impl Database {
     }
 
     pub(super) async fn all_tools(&self) -> Result<Vec<StoredTools>, Failure> {
-        let rows = collect(self.tools.find(doc! {}).await?).await?;
+        let rows = collect(self.tools.find(doc! {}).batch_size(BATCH).await?).await?;
         let readable = rows.iter().filter_map(|row| match (row.get_str("server"), row.get_str("tools")) {
             (Ok(server), Ok(tools)) => {
                 let user = row.get_str("user").ok().filter(|user| !user.is_empty());
