@@ -253,6 +253,12 @@ impl Deployment {
         Ok(())
     }
 
+    /// The database of a cluster.
+    pub async fn store(&self) -> Result<Option<mongodb::Database>> {
+        let Some((uri, name)) = &self.database else { return Ok(None) };
+        Ok(Some(mongodb::Client::with_uri_str(uri).await?.database(name)))
+    }
+
     /// Stops the programs in order, all at once.
     pub async fn stop(mut self) -> Result<()> {
         self.end().await?;

@@ -6,7 +6,11 @@ use std::{
 };
 
 use anyhow::Result;
-use futures_util::{StreamExt, TryStreamExt, stream};
+use futures_util::{StreamExt, TryStreamExt, future::try_join, stream};
+use mongodb::{
+    Database,
+    bson::{RawDocumentBuf, doc},
+};
 use serde_json::json;
 
 use super::Context;
@@ -36,7 +40,8 @@ pub async fn run(context: &Context<'_>) -> Result<Outcome> {
     let (listings, seconds) = context.size((100, 5), (20, 1));
     let text = format!(
         "{registered} servers are registered, {AT_ONCE} at a time, each a process of its own. All are listed {listings} times by one \
-         caller, beside as many bytes from floor-http. Then {hot} callers call, closed loop, {seconds} s: first one server, then \
+         caller, beside as many bytes from floor-http and, in a cluster, beside the same documents read by MongoDB's driver \
+         alone (`store`): what is left are mcp-api's own ms. Then {hot} callers call, closed loop, {seconds} s: first one server, then \
          {hot} of them."
     );
     let mut outcome = Outcome::new("servers", "Many servers", text);
@@ -46,7 +51,9 @@ pub async fn run(context: &Context<'_>) -> Result<Outcome> {
         ("list p50 ms", 2),
         ("list p99 ms", 2),
         ("list KB", 0),
-        ("in floor-http's", 1),
+        ("store ms", 2),
+        ("own ms", 2),
+        ("own in floor-http's", 1),
         ("tools p50 ms", 2),
         ("calls/s, one server", 0),
         ("calls/s, hot servers", 0),
@@ -70,6 +77,10 @@ pub async fn run(context: &Context<'_>) -> Result<Outcome> {
         let mut client = deployment.client().await?;
         let (list, bytes) = listing(&mut client, "/mcp/servers", listings).await?;
         let (tools, _) = listing(&mut client, "/mcp/tools", listings).await?;
+        let store = match deployment.store().await? {
+            Some(store) => reading(&store, listings).await?.sorted().at(0.5),
+            None => 0.0,
+        };
         let mut client = Client::connect(&floor.address).await?;
         let (same, _) = listing(&mut client, &format!("/bytes/{bytes}"), listings).await?;
         let time = Duration::from_secs(seconds);
@@ -81,24 +92,28 @@ pub async fn run(context: &Context<'_>) -> Result<Outcome> {
         let callers = varied(&deployment.addresses(), hot, "/mcp/tool/call", Arc::new(make)).await?;
         let many = closed_loop(callers, time).await?.summary();
         let (list, tools, same) = (list.sorted(), tools.sorted(), same.sorted());
+        let own = list.at(0.5) - store;
         table.row([
             path.name().into(),
             (registered as f64 / registering).into(),
             list.at(0.5).into(),
             list.at(0.99).into(),
             (bytes as f64 / 1e3).into(),
-            (list.at(0.5) / same.at(0.5)).into(),
+            store.into(),
+            own.into(),
+            (own / same.at(0.5)).into(),
             tools.at(0.5).into(),
             one.per_second.into(),
             many.per_second.into(),
             (many.per_second / one.per_second).into(),
         ]);
-        let what = format!("{}, listing {registered} servers", path.name());
-        let ratio = list.at(0.5) / same.at(0.5);
+        let besides = if path == Path::Cluster { ", besides the store's own time" } else { "" };
+        let what = format!("{}, listing {registered} servers{besides}", path.name());
+        let ratio = own / same.at(0.5);
         let of_floor = format!("{what} in the time of as many bytes of floor-http");
         let budget = Budget::at_most(&of_floor, ratio, OF_FLOOR);
         outcome.budgets.push(if registered < MANY { budget.shown() } else { budget });
-        outcome.budgets.push(Budget::at_most(&what, list.at(0.5), LIST_MS).unit("ms").shown());
+        outcome.budgets.push(Budget::at_most(&what, own, LIST_MS).unit("ms").shown());
         names.push(path.name());
         lists.push(list.at(0.5));
         floors.push(same.at(0.5));
@@ -115,6 +130,21 @@ pub async fn run(context: &Context<'_>) -> Result<Outcome> {
         marks: vec![("budget: 10 ms".to_owned(), LIST_MS)],
     });
     Ok(outcome)
+}
+
+/// What a listing reads from the store of a cluster, with nothing around it.
+async fn reading(store: &Database, times: usize) -> Result<Latencies> {
+    let all = async |name: &str| {
+        let found = store.collection::<RawDocumentBuf>(name).find(doc! {}).batch_size(1_000).await?;
+        found.try_collect::<Vec<_>>().await
+    };
+    let mut latencies = Latencies::default();
+    for _ in 0..times {
+        let begun = Instant::now();
+        try_join(all("mcp"), all("mcpTools")).await?;
+        latencies.push(begun.elapsed());
+    }
+    Ok(latencies)
 }
 
 async fn add(deployment: &Deployment, at: usize) -> Result<()> {
