@@ -308,6 +308,7 @@ async fn a_process_that_says_nothing_any_more_is_replaced() {
     }
     let logs = api.server("hostile").await["logs"].to_string();
     assert!(logs.contains("the process says nothing any more"), "{logs}");
+    assert_eq!(api.metric("mcp_server_exits_total{reason=\"stuck\"}").await, 1.0);
 }
 
 /// A server with one thread says nothing while a tool takes its time, and does not even answer a ping. What matters

@@ -75,6 +75,8 @@ async fn lose_a_worker(harm: Harm) {
     assert_eq!(code, "worker_lost");
     let took = answered - harmed;
     println!("{harm:?}: noticed after {took:?}");
+    let metrics = stage.get(0, "/metrics").await.text;
+    assert!(metrics.contains("\nmcp_fleet_workers_lost_total 1\n"), "{harm:?}: {metrics}");
     assert!(took < harm.noticed() + GRACE, "{harm:?}: it took {took:?}");
     calls.push(running);
     // Some of them are offered to it, or even sent to it, before anybody knows better.

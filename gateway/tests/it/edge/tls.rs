@@ -147,6 +147,9 @@ async fn certificates_are_read_again_and_bad_ones_are_not_taken() {
     let count = |words: &str| api.log().matches(words).count();
     let gateways = if crate::CLUSTER { 2 } else { 1 };
     assert!(fits("authority.pem").await);
+    // As `openssl x509 -enddate` says it of both.
+    let ends = async || api.metric("mcp_tls_certificate_expiry_timestamp_seconds").await / gateways as f64;
+    assert_eq!(ends().await, 4_948_992_000.0);
     let mut kept = 0;
     for (certificate, key) in [
         ("renewed.pem", "localhost.key"),
@@ -163,5 +166,6 @@ async fn certificates_are_read_again_and_bad_ones_are_not_taken() {
     api.hang_up();
     eventually("the new certificate is in use", async || fits("renewed.pem").await).await;
     assert!(!fits("authority.pem").await);
+    assert_eq!(ends().await, 4_949_033_212.0);
     unharmed(&api).await;
 }
