@@ -18,6 +18,7 @@ mod guard;
 mod install_on_start;
 mod keys;
 mod latest;
+mod local;
 mod login;
 mod meters;
 mod nkeys;
@@ -57,6 +58,7 @@ use backend::Backend;
 use cors::Cors;
 use keys::KeysCommand;
 use latest::LatestVersions;
+use local::LocalArguments;
 use routes::keys::Keys;
 use serve::{Door, Scheme};
 
@@ -85,6 +87,9 @@ enum Command {
     Routes,
     /// Print the effective settings, and whether store, bus, key and data folder can be used.
     Check,
+    /// Start a whole cluster on this machine, and stop it: NATS, a database, a gateway and workers.
+    #[command(after_help = local::HELP)]
+    Cluster(LocalArguments),
     /// Make keys for logging in to NATS: a file with the seed for each name, and the public keys as
     /// nats/nats-server.conf expects them.
     Nkeys {
@@ -123,7 +128,12 @@ fn main() -> ExitCode {
     if let Some(Command::Nkeys { names, folder }) = &arguments.command {
         return nkeys::run(names, folder);
     }
+    // Those who are started by this process need what is taken out of its environment.
+    let cluster = matches!(arguments.command, Some(Command::Cluster(_)));
+    let environment = if cluster { std::env::vars_os().collect() } else { Vec::new() };
+    let env_file = arguments.env_file.clone();
     lifecycle::run("mcp-gateway", arguments.env_file, async |settings| match arguments.command {
+        Some(Command::Cluster(arguments)) => local::run(settings, &arguments, environment, env_file).await,
         Some(Command::ApiKeys(command)) => api_keys_command::run(settings, command).await,
         Some(Command::Routes) => routes_command(),
         Some(Command::Check) => check::run(settings).await,

@@ -33,6 +33,7 @@ mod logins;
 mod logs;
 mod metrics;
 mod oauth;
+mod one_machine;
 mod ordinary_user;
 mod overload;
 mod packages;
