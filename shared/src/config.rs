@@ -351,7 +351,13 @@ impl Settings {
 
     /// Whether a variable was given a value, here or in the file.
     pub fn is_set(&self, name: &str) -> bool {
-        self.effective.iter().any(|(known, _, origin)| *known == name && *origin != Origin::Default)
+        self.shown(name).is_some()
+    }
+
+    /// What people are shown of the value that a variable was given.
+    pub fn shown(&self, name: &str) -> Option<&str> {
+        let found = self.effective.iter().find(|(known, _, _)| *known == name);
+        found.filter(|(_, _, origin)| *origin != Origin::Default).map(|(_, value, _)| value.as_str())
     }
 }
 

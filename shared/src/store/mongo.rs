@@ -39,6 +39,7 @@ use crate::{
 mod adoption;
 mod coordination;
 mod documents;
+mod examined;
 mod failure;
 mod generic;
 mod schema;
@@ -47,6 +48,7 @@ mod servers;
 #[cfg(test)]
 mod tests;
 
+pub use examined::Examined;
 use failure::{Failure, unavailable};
 
 /// The database of an mcp-api that was not told otherwise.
