@@ -11,6 +11,7 @@ mod caller;
 mod check;
 mod cluster;
 mod cors;
+mod doctor;
 #[cfg(test)]
 mod documentation;
 mod edge;
@@ -43,7 +44,7 @@ use mcp_shared::{
     trace::{self, Traces},
     vault::Vault,
 };
-use mcp_worker::program;
+use mcp_worker::{doctor::DoctorArguments, program};
 use tokio::{
     net::TcpListener,
     time::{Instant, sleep, timeout, timeout_at},
@@ -87,6 +88,8 @@ enum Command {
     Routes,
     /// Print the effective settings, and whether store, bus, key and data folder can be used.
     Check,
+    /// Look at everything that this program stands on, and say what would mend what is wrong (exit status 1 if anything is).
+    Doctor(DoctorArguments),
     /// Start a whole cluster on this machine, and stop it: NATS, a database, a gateway and workers.
     #[command(after_help = local::HELP)]
     Cluster(LocalArguments),
@@ -128,6 +131,11 @@ fn main() -> ExitCode {
     if let Some(Command::Nkeys { names, folder }) = &arguments.command {
         return nkeys::run(names, folder);
     }
+    if let Some(Command::Doctor(how)) = arguments.command {
+        return mcp_shared::doctor::run("mcp-gateway", how.json, arguments.env_file, async |settings| {
+            doctor::look(settings, how).await
+        });
+    }
     // Those who are started by this process need what is taken out of its environment.
     let cluster = matches!(arguments.command, Some(Command::Cluster(_)));
     let environment = if cluster { std::env::vars_os().collect() } else { Vec::new() };
@@ -139,7 +147,7 @@ fn main() -> ExitCode {
         Some(Command::Check) => check::run(settings).await,
         Some(Command::Keys(command)) => keys::run(settings, command).await,
         Some(Command::Audit { command: AuditCommand::Verify { files } }) => verify::run(settings, &files),
-        Some(Command::Serve | Command::Nkeys { .. }) | None => run(settings).await,
+        Some(Command::Serve | Command::Nkeys { .. } | Command::Doctor(_)) | None => run(settings).await,
     })
 }
 

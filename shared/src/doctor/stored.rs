@@ -138,12 +138,12 @@ async fn keys(vault: &Vault) -> Vec<Finding> {
             "start with LEGACY_SECRETS=ro and run mcp-gateway keys rewrap",
         )),
         LegacyMode::Off => {}
-        mode => findings.push(Finding::warning(
+        LegacyMode::Rw | LegacyMode::Ro => findings.push(Finding::warning(
             Area::Keys,
             "legacy mode",
             format!(
                 "{}: {legacy} values in mcp-api's format and {clear} in clear, which are not bound to their places",
-                mode.as_str()
+                counted.legacy_mode
             ),
             "when mcp-api is not gone back to: LEGACY_SECRETS=ro, mcp-gateway keys rewrap, LEGACY_SECRETS=off",
         )),
