@@ -22,6 +22,7 @@ mod latest;
 mod local;
 mod login;
 mod meters;
+mod migrate;
 mod nkeys;
 mod pace;
 mod problem;
@@ -60,6 +61,7 @@ use cors::Cors;
 use keys::KeysCommand;
 use latest::LatestVersions;
 use local::LocalArguments;
+use migrate::MigrateArguments;
 use routes::keys::Keys;
 use serve::{Door, Scheme};
 
@@ -90,6 +92,9 @@ enum Command {
     Check,
     /// Look at everything that this program stands on, and say what would mend what is wrong (exit status 1 if anything is).
     Doctor(DoctorArguments),
+    /// Take over the database of an mcp-api: say what is kept, what is done and what cannot be kept (exit status 1 if
+    /// something cannot). A start does the same by itself.
+    Migrate(MigrateArguments),
     /// Start a whole cluster on this machine, and stop it: NATS, a database, a gateway and workers.
     #[command(after_help = local::HELP)]
     Cluster(LocalArguments),
@@ -145,6 +150,7 @@ fn main() -> ExitCode {
         Some(Command::ApiKeys(command)) => api_keys_command::run(settings, command).await,
         Some(Command::Routes) => routes_command(),
         Some(Command::Check) => check::run(settings).await,
+        Some(Command::Migrate(arguments)) => migrate::run(settings, arguments).await,
         Some(Command::Keys(command)) => keys::run(settings, command).await,
         Some(Command::Audit { command: AuditCommand::Verify { files } }) => verify::run(settings, &files),
         Some(Command::Serve | Command::Nkeys { .. } | Command::Doctor(_)) | None => run(settings).await,

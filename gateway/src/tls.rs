@@ -259,7 +259,7 @@ async fn refuse(mut stream: TcpStream) {
 mod tests {
     use super::*;
 
-    fn file(name: &str) -> PathBuf {
+    fn file(name: &str) -> std::path::PathBuf {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/tls").join(name)
     }
 

@@ -16,6 +16,7 @@ mod collector;
 mod compat;
 mod cycles;
 mod deployment;
+mod doctor;
 mod durability;
 mod edge;
 mod embedded;
