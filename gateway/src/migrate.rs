@@ -122,9 +122,11 @@ fn print(report: &Report, json: bool) {
     let bold = out.is_terminal() && !plain;
     let _ = writeln!(out, "database {}, legacy mode {}", report.database, report.legacy_mode);
     let done = if report.dry_run { "would be done, now or by the first start" } else { "done" };
-    for (fate, title) in
-        [(Fate::Kept, "kept"), (Fate::Changed, done), (Fate::Attention, "not as before, or for somebody to look at")]
-    {
+    for (fate, title) in [
+        (Fate::Kept, "kept"),
+        (Fate::Changed, done),
+        (Fate::Attention, "not as before, or for somebody to look at"),
+    ] {
         let notes: Vec<_> = report.notes.iter().filter(|note| note.fate == fate).collect();
         if notes.is_empty() {
             continue;
@@ -151,7 +153,8 @@ fn print(report: &Report, json: bool) {
             let _ = writeln!(out, "  {} ({})", left.what, left.reason);
         }
     }
-    let _ = writeln!(out, "\n{}", if report.dry_run { "Nothing was changed." } else { "All of that was done." });
+    let _ =
+        writeln!(out, "\n{}", if report.dry_run { "Nothing was changed." } else { "All of that was done." });
     if report.legacy_mode == LegacyMode::Rw.as_str() {
         let _ = writeln!(
             out,

@@ -14,6 +14,7 @@ use super::{
     documents::{REVISION, StoredServer},
     failure::{Failure, unavailable},
     secrets::{ANCIENT, Row},
+    servers::INSTALLS,
 };
 use crate::{
     crypter::{is_legacy, is_sealed},
@@ -28,8 +29,8 @@ use crate::{
 
 /// Names that are listed of each kind. There may be thousands, and the count says how many.
 const NAMED: usize = 20;
-/// What users have installed of servers that they brought, which no route of this version serves yet.
-const INSTALLS: &str = "mcpUserServerInstalls";
+/// Fields of servers that say how one was doing when it was last written.
+const PASSING: [&str; 3] = ["status", "logs", "toolsList"];
 /// Locks of mcp-api, which end by themselves.
 const LOCKS: &str = "mcpDcrProvisioningLocks";
 
@@ -99,8 +100,7 @@ impl Notes {
 }
 
 const UNDECRYPTABLE: &str = "values that this SECRETS_KEY does not decrypt; they are left as they are";
-const SET_AGAIN: &str =
-    "use the SECRETS_KEY that mcp-api had (it is `secret` if none was ever set); else these are to be set again";
+const SET_AGAIN: &str = "use the SECRETS_KEY that mcp-api had (it is `secret` if none was ever set); else these are to be set again";
 const TWICE: &str = "rows that were stored twice: the newest stays, the others are removed";
 const CLEAR: &str = "values in clear (variables and headers of servers), which mcp-api could not read otherwise: \
                      they are encrypted by `mcp-gateway keys rewrap` when the legacy mode is ended";
@@ -147,7 +147,9 @@ impl Database {
             let raw = rows.current().to_owned();
             let stored = StoredServer::read(&raw).and_then(|stored| match stored.record() {
                 Ok(record) => Ok(record.0),
-                Err(error) => Err(format!("{}: {error}", raw.get_str("name").unwrap_or("a server without a name"))),
+                Err(error) => {
+                    Err(format!("{}: {error}", raw.get_str("name").unwrap_or("a server without a name")))
+                }
             });
             let record = match stored {
                 Ok(record) => record,
@@ -176,7 +178,8 @@ impl Database {
                 notes.name(Fate::Kept, text, None, name);
             }
             if let Err(refused) = rules.check(&record, None) {
-                let text = "servers that could not be registered today; they work until their command is changed";
+                let text =
+                    "servers that could not be registered today; they work until their command is changed";
                 let remedy = "COMMANDS_ALLOW and ENV_ALLOW permit more";
                 notes.attention(text, remedy, format!("{name}: {}", refused.message));
             }
@@ -194,7 +197,8 @@ impl Database {
         notes.count(Fate::Kept, text, foreign);
         notes.count(Fate::Kept, CLEAR, clear);
         let unknown: HashSet<&String> = servers.iter().flat_map(|server| server.extra.keys()).collect();
-        let mut unknown: Vec<_> = unknown.into_iter().collect();
+        let mut unknown: Vec<_> =
+            unknown.into_iter().filter(|field| !PASSING.contains(&field.as_str())).collect();
         unknown.sort();
         for field in unknown {
             let text = "fields of servers that this version does not use; they are kept";
@@ -236,7 +240,10 @@ impl Database {
                 let text = "packages whose server is gone; they are left as they are";
                 notes.attention(text, "delete them: DELETE /packages/:name", label);
             } else if valid {
-                notes.changed("packages that workers install anew, in the version that their records have", label);
+                notes.changed(
+                    "packages that workers install anew, in the version that their records have",
+                    label,
+                );
             } else {
                 let text = "packages whose name or version is none here; they are not installed, and their servers \
                             run only where their files are";
@@ -245,7 +252,8 @@ impl Database {
         }
         notes.count(Fate::Kept, "packages", count);
         // mcp-api keeps packages by their names, so that of two servers of one package only one has a record.
-        let bare = servers.iter().filter(|server| server.package.is_none() && !seen.contains(server.name.as_str()));
+        let bare =
+            servers.iter().filter(|server| server.package.is_none() && !seen.contains(server.name.as_str()));
         for server in bare.filter(|server| runs_a_package(server)) {
             let text = "servers that run files of a package without having its record; they run only where those \
                         files are";
@@ -274,7 +282,11 @@ impl Database {
             }
             let Some(row) = Row::read(&raw) else {
                 let text = "rows of secrets without a user or a key; they are left alone";
-                notes.attention(text, "delete them", raw.get("_id").ok().flatten().map_or(String::new(), |id| format!("{id:?}")));
+                notes.attention(
+                    text,
+                    "delete them",
+                    raw.get("_id").ok().flatten().map_or(String::new(), |id| format!("{id:?}")),
+                );
                 continue;
             };
             count += 1;
@@ -294,7 +306,11 @@ impl Database {
                 }
                 (None, [.., longest]) => {
                     let text = "secrets whose key fits several servers; they belong to the one with the longest name";
-                    notes.attention(text, "set them again for the other one if it is meant", format!("{label}: {longest}"));
+                    notes.attention(
+                        text,
+                        "set them again for the other one if it is meant",
+                        format!("{label}: {longest}"),
+                    );
                 }
             }
             let value = row.value.as_deref().unwrap_or_default();
@@ -316,7 +332,8 @@ impl Database {
         }
         notes.count(Fate::Kept, "secrets", count);
         notes.count(Fate::Kept, "users with secrets", users.len());
-        let text = "secrets in mcp-api's format; they can be read by both programs until the legacy mode is ended";
+        let text =
+            "secrets in mcp-api's format; they can be read by both programs until the legacy mode is ended";
         notes.count(Fate::Kept, text, legacy);
         Ok(())
     }
@@ -345,7 +362,11 @@ impl Database {
             let (Some(first), Some(second)) = (text(parts[0]), text(parts[1])) else {
                 let id = row.get("_id").ok().flatten().map_or(String::new(), |id| format!("{id:?}"));
                 let name = format!("{} {id}", collection.name());
-                notes.attention("rows that do not say whose they are; they are left alone", "delete them", name);
+                notes.attention(
+                    "rows that do not say whose they are; they are left alone",
+                    "delete them",
+                    name,
+                );
                 continue;
             };
             let label = format!("{} of {second}, {first}", collection.name());
@@ -371,12 +392,18 @@ impl Database {
             Fate::Changed,
             match collection {
                 Collection::Sessions => "sessions that get a field `key`, which mcp-api does not look at",
-                Collection::OAuthClients => "registrations that get a field `key`, which mcp-api does not look at",
+                Collection::OAuthClients => {
+                    "registrations that get a field `key`, which mcp-api does not look at"
+                }
                 _ => "OAuth tokens that get a field `key`, which mcp-api does not look at",
             },
             keyless,
         );
-        notes.count(Fate::Kept, "ids of sessions in clear, as mcp-api has them, until the legacy mode is ended", clear);
+        notes.count(
+            Fate::Kept,
+            "ids of sessions in clear, as mcp-api has them, until the legacy mode is ended",
+            clear,
+        );
         Ok(())
     }
 
@@ -393,7 +420,12 @@ impl Database {
                 || name.starts_with("system.")
         };
         for name in collections.iter().filter(|name| !known(name)) {
-            notes.name(Fate::Kept, "collections that this version does not use; they are left alone", None, name);
+            notes.name(
+                Fate::Kept,
+                "collections that this version does not use; they are left alone",
+                None,
+                name,
+            );
         }
         let (mut installs, mut secrets) = (0, 0);
         let mut rows = self.rows(INSTALLS).await?;
@@ -401,15 +433,18 @@ impl Database {
             installs += 1;
             secrets += usize::from(rows.current().get_str("oauthClientSecret").is_ok());
         }
-        let text = "installs of servers by their users; they are kept, and this version has no routes for them yet";
+        let text =
+            "installs of servers by their users; they are kept, and this version has no routes for them yet";
         notes.count(Fate::Kept, text, installs);
         if secrets > 0 {
             let text = "client secrets in clear in users' installs; they are kept as mcp-api has them";
-            let remedy = "whoever reads the database reads them: replace them once mcp-api is not gone back to";
+            let remedy =
+                "whoever reads the database reads them: replace them once mcp-api is not gone back to";
             notes.attention(text, remedy, INSTALLS);
         }
         let mut missing = 0;
-        let unique = [("mcp", "caseKey_unique".to_owned()), (self.secrets.name(), "secret_unique".to_owned())];
+        let unique =
+            [("mcp", "caseKey_unique".to_owned()), (self.secrets.name(), "secret_unique".to_owned())];
         let of_documents =
             Collection::ALL.map(|collection| (collection.name(), format!("{}_unique", collection.key())));
         for (collection, index) in unique.into_iter().chain(of_documents) {
@@ -440,7 +475,8 @@ impl Database {
         while rows.advance().await? {
             let row = Document::try_from(&rows.current().to_owned()).unwrap_or_default();
             let maps = ["env", "headers"].iter().filter_map(|field| row.get_document(field).ok());
-            let clear = maps.flat_map(|map| map.values()).filter_map(Bson::as_str).filter(|value| is_clear(value));
+            let clear =
+                maps.flat_map(|map| map.values()).filter_map(Bson::as_str).filter(|value| is_clear(value));
             count += u64::try_from(clear.count()).unwrap_or_default();
         }
         Ok(count)
