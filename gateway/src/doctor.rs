@@ -32,7 +32,9 @@ pub async fn look(settings: &Settings, how: DoctorArguments) -> Vec<Finding> {
     if let Some(files) = &settings.http.tls {
         findings.push(match tls::check(files) {
             Ok(_) => certificate("TLS_CERT_FILE", &files.certificate),
-            Err(text) => Finding::error(Area::Tls, "TLS_CERT_FILE", text, "put a certificate with its key there"),
+            Err(text) => {
+                Finding::error(Area::Tls, "TLS_CERT_FILE", text, "put a certificate with its key there")
+            }
         });
     }
     if let Some((path, _)) = settings.bus.as_ref().and_then(|bus| bus.tls.identity.as_ref()) {
@@ -44,7 +46,12 @@ pub async fn look(settings: &Settings, how: DoctorArguments) -> Vec<Finding> {
 fn certificate(what: &str, path: &Path) -> Finding {
     let remedy = "renew it, and send this program SIGHUP";
     let Some(ends) = tls::ends(path) else {
-        return Finding::warning(Area::Tls, what, "it cannot be read when it ends", "put a certificate in PEM there");
+        return Finding::warning(
+            Area::Tls,
+            what,
+            "it cannot be read when it ends",
+            "put a certificate in PEM there",
+        );
     };
     let left = ends.millis() - Timestamp::now().millis();
     match left {

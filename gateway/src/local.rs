@@ -273,7 +273,8 @@ impl Cluster {
     /// Keeps the workers running until a signal, or until something is lost that all need.
     async fn watch(&mut self) -> Result<(), Failure> {
         loop {
-            let again = self.parts.iter().enumerate().filter_map(|(at, part)| Some((part.again()?, at))).min();
+            let again =
+                self.parts.iter().enumerate().filter_map(|(at, part)| Some((part.again()?, at))).min();
             let due = async {
                 match again {
                     Some((moment, at)) => {

@@ -33,7 +33,7 @@ const GREETING: Duration = Duration::from_secs(2);
 /// Bytes of a greeting. It is one line, of some hundred bytes.
 const GREETING_BYTES: u64 = 64 * 1024;
 /// How long the server may take to say what it refuses.
-const ANSWER: Duration = Duration::from_secs(1);
+const ANSWER: Duration = Duration::from_secs(3);
 
 /// What a server says to everybody who connects.
 #[derive(Debug, Deserialize)]
@@ -90,7 +90,9 @@ pub async fn refused(settings: &BusSettings, role: Role) -> Result<Vec<String>, 
                 Event::ServerError(error) => Some(error.to_string()),
                 _ => None,
             };
-            if let Some(text) = text.filter(|text| text.to_ascii_lowercase().contains("permissions violation")) {
+            if let Some(text) =
+                text.filter(|text| text.to_ascii_lowercase().contains("permissions violation"))
+            {
                 listener.lock().unwrap_or_else(PoisonError::into_inner).push(text);
             }
             async {}

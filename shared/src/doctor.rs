@@ -184,7 +184,12 @@ fn refused(errors: &ConfigErrors) -> Vec<Finding> {
         .map(|problem| {
             let text = problem.to_string();
             let text = text.strip_prefix(&format!("{}: ", problem.subject())).unwrap_or(&text).to_owned();
-            Finding::error(Area::Settings, problem.subject(), text, "change the setting; --help explains each")
+            Finding::error(
+                Area::Settings,
+                problem.subject(),
+                text,
+                "change the setting; --help explains each",
+            )
         })
         .collect();
     findings.push(Finding::warning(

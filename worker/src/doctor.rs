@@ -53,7 +53,11 @@ pub async fn look(settings: &Settings, role: Role, how: DoctorArguments) -> Vec<
         }
     };
     let runtimes = async {
-        if runs_servers { limited(Area::Runtimes, "runtimes", runtimes::look(&settings.packages, how.network)).await } else { Vec::new() }
+        if runs_servers {
+            limited(Area::Runtimes, "runtimes", runtimes::look(&settings.packages, how.network)).await
+        } else {
+            Vec::new()
+        }
     };
     let health = async {
         if role == Role::Gateway {
@@ -91,7 +95,9 @@ fn judge(server: &BusServer, greeting: std::io::Result<Option<doctor::Greeting>>
             Some(holes) => Finding::error(Area::Versions, what, holes, "install NATS 2.12.6 or newer"),
             None => Finding::ok(Area::Versions, what, greeting.version),
         },
-        Ok(None) => Finding::ok(Area::Versions, what, "greets nobody without TLS, so its version is not known"),
+        Ok(None) => {
+            Finding::ok(Area::Versions, what, "greets nobody without TLS, so its version is not known")
+        }
         Err(error) => Finding::error(
             Area::Reach,
             what,
@@ -161,4 +167,36 @@ fn clocks(nodes: &[NodeReport]) -> Vec<Finding> {
         )
     };
     others.iter().map(finding).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use mcp_shared::{doctor::Level, ids::WorkerId};
+
+    use super::*;
+
+    fn started(ahead: i64) -> NodeReport {
+        NodeReport {
+            id: WorkerId::from_stored(format!("w-{ahead}")),
+            role: Role::Worker,
+            version: "1".to_owned(),
+            started: Timestamp::from_millis(Timestamp::now().millis() + ahead),
+            wire: (1, 1),
+            store: String::new(),
+            keys: Vec::new(),
+            capacity: 1,
+            draining: false,
+            servers: Vec::new(),
+            per_user: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn a_node_from_the_future_has_another_clock() {
+        assert_eq!(clocks(&[]), []);
+        let fine = clocks(&[started(-60_000), started(500)]);
+        assert_eq!((fine.len(), fine[0].level), (1, Level::Ok));
+        let off = clocks(&[started(-60_000), started(60_000)]);
+        assert_eq!((off.len(), off[0].level, off[0].what.as_str()), (1, Level::Warning, "w-60000"));
+    }
 }

@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 
 use crate::{
     deployment::{Data, Deployment, tls_file},
+    full_disk::Disk,
     settings::{KEY, ended, text},
 };
 
@@ -30,10 +31,17 @@ impl Said {
         let findings = self.report["findings"].as_array().unwrap();
         let fits = |finding: &&Value| {
             let text = finding.to_string();
-            finding["level"] == level && finding["area"] == area && words.iter().all(|word| text.contains(word))
+            finding["level"] == level
+                && finding["area"] == area
+                && words.iter().all(|word| text.contains(word))
         };
-        let found = findings.iter().find(fits).unwrap_or_else(|| panic!("no {level} {words:?}: {}", self.all));
-        assert_eq!(finding_needs_remedy(found), found["remedy"].as_str().is_some_and(|text| !text.is_empty()), "{found}");
+        let found =
+            findings.iter().find(fits).unwrap_or_else(|| panic!("no {level} {words:?}: {}", self.all));
+        assert_eq!(
+            finding_needs_remedy(found),
+            found["remedy"].as_str().is_some_and(|text| !text.is_empty()),
+            "{found}"
+        );
         self
     }
 
@@ -48,7 +56,8 @@ impl Said {
     #[track_caller]
     fn is_well(&self) -> &Self {
         let about_us = |finding: &&Value| {
-            finding["level"] != "ok" && !matches!(finding["area"].as_str(), Some("disk" | "runtimes" | "limits"))
+            finding["level"] != "ok"
+                && !matches!(finding["area"].as_str(), Some("disk" | "runtimes" | "limits"))
         };
         let wrong: Vec<_> = self.report["findings"].as_array().unwrap().iter().filter(about_us).collect();
         assert!(wrong.is_empty(), "{wrong:#?}");
@@ -104,10 +113,18 @@ async fn what_is_wrong_with_settings_keys_and_files_is_found() {
     let data = Data::new();
     // Settings that cannot be: all of them, and nothing is opened.
     let said = doctor(with(&data, &[("PORT", "http"), ("HOST", "0.0.0.0")])).await;
-    said.is(1).finds("error", "settings", &["PORT", "1 to 65535"]).finds("error", "settings", &["HOST", "AUTH"]);
+    said.is(1).finds("error", "settings", &["PORT", "1 to 65535"]).finds(
+        "error",
+        "settings",
+        &["HOST", "AUTH"],
+    );
 
     doctor(with(&data, &[("SECRETS_KEY", "changeme")])).await.is(1).finds("error", "keys", &["weak"]);
-    doctor(with(&data, &[("SECRET_KEYS", "x")])).await.finds("warning", "settings", &["SECRET_KEYS", "SECRETS_KEY"]);
+    doctor(with(&data, &[("SECRET_KEYS", "x")])).await.finds(
+        "warning",
+        "settings",
+        &["SECRET_KEYS", "SECRETS_KEY"],
+    );
     let open = [("HOST", "0.0.0.0"), ("AUTH", "none")];
     doctor(with(&data, &open)).await.is(0).finds("warning", "settings", &["AUTH", "nobody is asked"]);
 
@@ -121,31 +138,41 @@ async fn what_is_wrong_with_settings_keys_and_files_is_found() {
     let env = data.path().join(".env");
     fs::write(&env, format!("SECRETS_KEY={KEY}\n")).unwrap();
     fs::set_permissions(&env, fs::Permissions::from_mode(0o644)).unwrap();
-    doctor(with(&data, &[])).await.is(0).finds("warning", "permissions", &[".env", "chmod 600", "every user"]);
+    doctor(with(&data, &[])).await.is(0).finds(
+        "warning",
+        "permissions",
+        &[".env", "chmod 600", "every user"],
+    );
     fs::remove_file(&env).unwrap();
 
     // Data of another key, and a folder and a key that others can look into.
     let api = Deployment::builder().data(&data).start().await;
     api.add_fixture("echo", &[], json!({})).await;
     api.stop().await;
-    doctor(with(&data, &[("SECRETS_KEY", KEY)])).await.is(1).finds("error", "keys", &["key", "encrypted with"]);
+    doctor(with(&data, &[("SECRETS_KEY", KEY)])).await.is(1).finds(
+        "error",
+        "keys",
+        &["key", "encrypted with"],
+    );
     let folder = data.path().join("data");
     fs::set_permissions(&folder, fs::Permissions::from_mode(0o755)).unwrap();
     fs::set_permissions(folder.join("secrets.key"), fs::Permissions::from_mode(0o640)).unwrap();
-    doctor(with(&data, &[]))
-        .await
-        .is(0)
-        .finds("warning", "permissions", &["DATA_DIR", "chmod 700"])
-        .finds("warning", "permissions", &["group", "secrets.key", "chmod 600"]);
+    doctor(with(&data, &[])).await.is(0).finds("warning", "permissions", &["DATA_DIR", "chmod 700"]).finds(
+        "warning",
+        "permissions",
+        &["group", "secrets.key", "chmod 600"],
+    );
 
-    let tls = |certificate: &str| {
-        [("TLS_CERT_FILE", tls_file(certificate)), ("TLS_KEY_FILE", tls_file("localhost.key"))]
+    let tls = |certificate: &str, key: &str| {
+        [("TLS_CERT_FILE", tls_file(certificate)), ("TLS_KEY_FILE", tls_file(key))]
             .map(|(name, path)| (name, path.display().to_string()))
     };
-    for (certificate, status, level, words) in
-        [("localhost.pem", 0, "ok", "2126"), ("expired.pem", 1, "error", "ended at 2021"), ("elsewhere.pem", 1, "error", "key")]
-    {
-        let settings = tls(certificate);
+    for (certificate, key, status, level, words) in [
+        ("localhost.pem", "localhost.key", 0, "ok", "2126"),
+        ("expired.pem", "localhost.key", 1, "error", "ended at 2021"),
+        ("localhost.pem", "another.key", 1, "error", "not that of the certificate"),
+    ] {
+        let settings = tls(certificate, key);
         let settings: Vec<_> = settings.iter().map(|(name, path)| (*name, path.as_str())).collect();
         doctor(with(&data, &settings)).await.is(status).finds(level, "tls", &["TLS_CERT_FILE", words]);
     }
@@ -162,8 +189,32 @@ async fn what_is_wrong_with_settings_keys_and_files_is_found() {
         .finds("warning", "runtimes", &["python", "PYTHON_BIN"])
         .finds("warning", "reach", &["OTLP", "no connection"]);
     let issuer = format!("http://{nobody}/canary");
-    let settings = [("AUTH", "jwt"), ("JWT_ISSUER", &format!("http://{nobody}")), ("JWT_AUDIENCE", "us"), ("JWT_JWKS_URL", &issuer)];
+    let settings = [
+        ("AUTH", "jwt"),
+        ("JWT_ISSUER", &format!("http://{nobody}")),
+        ("JWT_AUDIENCE", "us"),
+        ("JWT_JWKS_URL", &issuer),
+    ];
     doctor(with(&data, &settings)).await.is(1).finds("error", "reach", &["JWT_ISSUER", "no connection"]);
+}
+
+#[tokio::test]
+async fn what_the_machine_lacks_is_found() {
+    let data = Data::new();
+    if let Some(disk) = Disk::mount() {
+        let folder = disk.path().display().to_string();
+        doctor(with(&data, &[("DATA_DIR", &folder)])).await.is(1).finds(
+            "error",
+            "disk",
+            &["data", "DATA_DIR"],
+        );
+    }
+    let program = with(&data, &[]);
+    let mut command = Command::new("sh");
+    command.args(["-c", "ulimit -n 1000; exec \"$0\" \"$@\""]).arg(program.get_program());
+    command.env_clear().current_dir(program.get_current_dir().unwrap());
+    command.envs(program.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    doctor(command).await.is(0).finds("warning", "limits", &["may have 1000", "ulimit"]);
 }
 
 /// A NATS that greets as one of an old version does, to whoever comes.
@@ -203,7 +254,8 @@ async fn a_cluster_is_well_and_what_is_wrong_with_it_is_found() {
     ];
     let node = |worker: bool, changed: &[(&str, &str)]| {
         let all = base.iter().map(|(name, value)| (*name, value.as_str())).chain(changed.iter().copied());
-        let builder = all.fold(Deployment::builder().data(&data), |builder, (name, value)| builder.env(name, value));
+        let builder =
+            all.fold(Deployment::builder().data(&data), |builder, (name, value)| builder.env(name, value));
         if worker { builder.worker_command() } else { builder.command() }
     };
     for worker in [false, true] {
@@ -247,7 +299,10 @@ async fn a_cluster_is_well_and_what_is_wrong_with_it_is_found() {
 
     // Another key than that of the data, and a database that lets nobody in.
     let api = Deployment::builder().data(&data);
-    let api = base.iter().filter(|(name, _)| !name.starts_with("NATS")).fold(api, |api, (name, value)| api.env(name, value));
+    let api = base
+        .iter()
+        .filter(|(name, _)| !name.starts_with("NATS"))
+        .fold(api, |api, (name, value)| api.env(name, value));
     let api = api.start().await;
     api.add_fixture("echo", &[], json!({})).await;
     api.set_secret("u", "echo", "K", "v").await.ok();
@@ -255,6 +310,8 @@ async fn a_cluster_is_well_and_what_is_wrong_with_it_is_found() {
     let other = KEY.chars().rev().collect::<String>();
     doctor(node(false, &[("SECRETS_KEY", &other)])).await.is(1).finds("error", "keys", &["key"]);
     let guarded = MongoServer::guarded("u", "canary");
+    let uri = format!("mongodb://u:canary@{}/?directConnection=true", guarded.address());
+    doctor(node(false, &[("MONGODB_URI", &uri)])).await.is_well().finds("ok", "permissions", &["MongoDB"]);
     let uri = format!("mongodb://u:canary-too@{}/?directConnection=true", guarded.address());
     doctor(node(false, &[("MONGODB_URI", &uri)])).await.is(1).finds("error", "reach", &["refuses the login"]);
 }

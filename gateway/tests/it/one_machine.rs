@@ -48,8 +48,7 @@ impl Cluster {
     async fn start(data: &Data, arguments: &[&str]) -> Self {
         let log = data.path().join("cluster.log");
         let stderr = fs::File::create(&log).unwrap();
-        let mut child =
-            command(data, arguments).stdout(Stdio::piped()).stderr(stderr).spawn().unwrap();
+        let mut child = command(data, arguments).stdout(Stdio::piped()).stderr(stderr).spawn().unwrap();
         let lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let mut cluster =
             Self { child, base: String::new(), said: Vec::new(), log: log.clone(), client: client() };
@@ -138,7 +137,9 @@ impl Drop for Cluster {
 fn children(pid: i32) -> Vec<i32> {
     let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
     let lists = tasks.filter_map(|task| fs::read_to_string(task.path().join("children")).ok());
-    lists.flat_map(|list| list.split_whitespace().filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>()).collect()
+    lists
+        .flat_map(|list| list.split_whitespace().filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>())
+        .collect()
 }
 
 #[tokio::test]
@@ -242,7 +243,10 @@ async fn a_cluster_that_cannot_start_says_why_and_leaves_nothing() {
     };
     // A wrapper that would leave what it started behind.
     let mute_store = |data: &Data, command: &mut Command| {
-        command.env("MONGOD_BIN", script(data, "mute", &format!("sleep 600.25 & echo $! >{}/sleeper; wait", data.path().display())));
+        command.env(
+            "MONGOD_BIN",
+            script(data, "mute", &format!("sleep 600.25 & echo $! >{}/sleeper; wait", data.path().display())),
+        );
         command.env("START_TIMEOUT_SECONDS", "1");
     };
     let weak_key = |_: &Data, command: &mut Command| {
@@ -253,8 +257,16 @@ async fn a_cluster_that_cannot_start_says_why_and_leaves_nothing() {
         (&no_programs, CONFIG, &["nats-server was not found", "NATS_SERVER_BIN", "NATS_URL"]),
         (&no_database, CONFIG, &["no database was found", "MONGODB_URI", "MONGOD_BIN"]),
         (&no_such_file, CONFIG, &["MONGOD_BIN", "/no/such/mongod"]),
-        (&broken_bus, TEMPORARY, &["nats ended with exit status 3 before the cluster was ready", "out of order"]),
-        (&mute_store, TEMPORARY, &["not ready within 1 s", "START_TIMEOUT_SECONDS", "the database at 127.0.0.1"]),
+        (
+            &broken_bus,
+            TEMPORARY,
+            &["nats ended with exit status 3 before the cluster was ready", "out of order"],
+        ),
+        (
+            &mute_store,
+            TEMPORARY,
+            &["not ready within 1 s", "START_TIMEOUT_SECONDS", "the database at 127.0.0.1"],
+        ),
         (&weak_key, CONFIG, &["ended with exit status 78 before the cluster was ready", "weak"]),
     ];
     for (change, status, said) in cases {

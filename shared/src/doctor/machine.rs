@@ -38,7 +38,11 @@ pub(super) fn settings(settings: &Settings) -> Vec<Finding> {
         .iter()
         .map(|warning| {
             let (name, text) = warning.split_once(": ").unwrap_or(("settings", warning));
-            let remedy = if text.contains("did you mean") { remedy } else { "change the setting; --help explains each" };
+            let remedy = if text.contains("did you mean") {
+                remedy
+            } else {
+                "change the setting; --help explains each"
+            };
             Finding::warning(Area::Settings, name, text, remedy)
         })
         .collect();
@@ -91,7 +95,9 @@ fn data_folder(settings: &Settings) -> Vec<Finding> {
                 Area::Permissions,
                 "DATA_DIR",
                 text,
-                format!("give it to the user {user} that this program runs as, or set DATA_DIR to another folder"),
+                format!(
+                    "give it to the user {user} that this program runs as, or set DATA_DIR to another folder"
+                ),
             )];
         }
     };
@@ -105,7 +111,12 @@ fn data_folder(settings: &Settings) -> Vec<Finding> {
     let mode = about.permissions().mode() & 0o777;
     if mode & 0o077 != 0 && matches!(settings.store, StoreSettings::Embedded) {
         let text = format!("other users may look into {} (mode {mode:03o})", folder.display());
-        findings.push(Finding::warning(Area::Permissions, "DATA_DIR", text, format!("chmod 700 {}", folder.display())));
+        findings.push(Finding::warning(
+            Area::Permissions,
+            "DATA_DIR",
+            text,
+            format!("chmod 700 {}", folder.display()),
+        ));
     }
     findings
 }

@@ -23,7 +23,7 @@ const SKEW: Duration = Duration::from_secs(2);
 /// One at which they do not work any more.
 const LARGE_SKEW: Duration = Duration::from_secs(60);
 /// A round trip to the database that makes every change slow.
-const FAR: Duration = Duration::from_millis(50);
+const FAR: Duration = Duration::from_millis(150);
 /// The oldest MongoDB that is still looked after.
 const OLDEST: u64 = 6;
 
@@ -165,7 +165,8 @@ async fn server(settings: &MongoSettings) -> Vec<Finding> {
         let store = open::mongo(settings, Access::Inspect).await?;
         let examined = store.examine().await;
         store.close().await;
-        examined.map_err(|error| ConnectError::Unfit { hosts: settings.hosts.clone(), cause: explain(&error) })
+        examined
+            .map_err(|error| ConnectError::Unfit { hosts: settings.hosts.clone(), cause: explain(&error) })
     };
     match examined.await {
         Ok(examined) => describe(settings, &examined),
@@ -195,12 +196,18 @@ fn describe(settings: &MongoSettings, seen: &Examined) -> Vec<Finding> {
         let seconds = format!("{:.1} s", skew.as_secs_f64());
         let remedy = "let both machines follow a time server (chrony, systemd-timesyncd)";
         findings.push(match skew {
-            skew if skew > LARGE_SKEW => {
-                Finding::error(Area::Clocks, what, format!("its clock is {seconds} away from this one"), remedy)
-            }
-            skew if skew > SKEW => {
-                Finding::warning(Area::Clocks, what, format!("its clock is {seconds} away from this one"), remedy)
-            }
+            skew if skew > LARGE_SKEW => Finding::error(
+                Area::Clocks,
+                what,
+                format!("its clock is {seconds} away from this one"),
+                remedy,
+            ),
+            skew if skew > SKEW => Finding::warning(
+                Area::Clocks,
+                what,
+                format!("its clock is {seconds} away from this one"),
+                remedy,
+            ),
             _ => Finding::ok(Area::Clocks, what, format!("its clock and this one agree within {seconds}")),
         });
     }
@@ -218,4 +225,49 @@ fn describe(settings: &MongoSettings, seen: &Examined) -> Vec<Finding> {
         (Some(user), None) => Finding::ok(Area::Permissions, what, format!("logged in as {user}")),
     });
     findings
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::doctor::Level;
+
+    fn findings(change: impl FnOnce(&mut Examined)) -> Vec<Finding> {
+        let mut seen = Examined {
+            version: "8.0.4".to_owned(),
+            wire: 25,
+            topology: "replica set rs0".to_owned(),
+            round_trip: Duration::from_millis(1),
+            skew: Some(Duration::from_millis(20)),
+            user: Some("mcp".to_owned()),
+            missing: Some(Vec::new()),
+        };
+        change(&mut seen);
+        let env = [("MONGO_HOST".to_owned(), "127.0.0.1:1".to_owned())];
+        let settings = Settings::load(env.into_iter(), None).unwrap();
+        let StoreSettings::Mongo(mongo) = &settings.store else { panic!("no MongoDB") };
+        describe(mongo, &seen)
+    }
+
+    fn worst(findings: &[Finding]) -> (Level, Area) {
+        findings.iter().map(|finding| (finding.level, finding.area)).max().unwrap()
+    }
+
+    #[test]
+    fn a_server_is_judged_by_what_it_says() {
+        assert_eq!(worst(&findings(|_| {})).0, Level::Ok);
+        assert_eq!(worst(&findings(|seen| seen.user = None)).0, Level::Ok);
+        let seconds = |seconds| move |seen: &mut Examined| seen.skew = Some(Duration::from_secs(seconds));
+        assert_eq!(worst(&findings(seconds(3))), (Level::Warning, Area::Clocks));
+        assert_eq!(worst(&findings(seconds(90))), (Level::Error, Area::Clocks));
+        let old = findings(|seen| seen.version = "4.4.29".to_owned());
+        assert_eq!(worst(&old), (Level::Warning, Area::Versions));
+        let far = findings(|seen| seen.round_trip = Duration::from_millis(200));
+        assert_eq!(worst(&far), (Level::Warning, Area::Reach));
+        let narrow = findings(|seen| seen.missing = Some(vec!["insert", "createIndex"]));
+        assert_eq!(worst(&narrow), (Level::Error, Area::Permissions));
+        let finding = narrow.iter().find(|finding| finding.level == Level::Error).unwrap();
+        assert_eq!(finding.text, "the user mcp may not insert, createIndex in squad-test");
+        assert_eq!(finding.remedy.as_deref(), Some("give the role readWrite on the database squad-test"));
+    }
 }

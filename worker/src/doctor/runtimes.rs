@@ -64,7 +64,8 @@ fn node() -> Finding {
     let remedy = format!("install Node.js {NODE} or newer, for packages from npm");
     match ask("node".as_ref(), &["--version"], PATIENCE) {
         Ok(version) => {
-            let major = version.trim_start_matches('v').split('.').next().and_then(|major| major.parse::<u64>().ok());
+            let major =
+                version.trim_start_matches('v').split('.').next().and_then(|major| major.parse::<u64>().ok());
             match major {
                 Some(major) if major >= NODE => Finding::ok(Area::Runtimes, "node", version),
                 _ => Finding::warning(Area::Runtimes, "node", format!("{version} is old"), remedy),
@@ -109,7 +110,11 @@ fn uv() -> Finding {
 fn chromium() -> Finding {
     let names = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"];
     let found = names.iter().find_map(|name| ask(name.as_ref(), &["--version"], PATIENCE).ok());
-    Finding::ok(Area::Runtimes, "chromium", found.unwrap_or_else(|| "not found; pages are not rendered".to_owned()))
+    Finding::ok(
+        Area::Runtimes,
+        "chromium",
+        found.unwrap_or_else(|| "not found; pages are not rendered".to_owned()),
+    )
 }
 
 fn npm_registry() -> Finding {
@@ -125,7 +130,8 @@ fn npm_registry() -> Finding {
 }
 
 fn python_index(program: &Path) -> Finding {
-    let arguments = ["-m", "pip", "index", "versions", "pip", "--retries", "0", "--disable-pip-version-check"];
+    let arguments =
+        ["-m", "pip", "index", "versions", "pip", "--retries", "0", "--disable-pip-version-check"];
     match ask(program, &arguments, REGISTRY) {
         Ok(_) => Finding::ok(Area::Reach, "Python index", "answers"),
         Err(why) => Finding::warning(
