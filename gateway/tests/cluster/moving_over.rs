@@ -9,6 +9,7 @@ use std::{
 
 use mcp_shared::testing::{
     authorization::{Authorization, Settings},
+    registry::python_server,
     remote::Remote,
 };
 use mongodb::{
@@ -147,6 +148,11 @@ async fn fill(database: &Database, elsewhere: &Elsewhere) {
     };
     let program = own["command"].as_str().unwrap();
     let entry = "./packages/acme-clock/node_modules/@acme/clock/cli.js";
+    // As it starts a virtual environment, by the paths of its own machine.
+    let venv = "/srv/mcp-api/packages/python/tick";
+    let mut tick = stdio("tick", &format!("{venv}/bin/python"), &["-u", "-m", "tick_tock"], true);
+    let path = format!("{venv}/bin:/usr/local/bin:/usr/bin:/bin");
+    tick.insert("env", doc! { "PATH": path, "VIRTUAL_ENV": venv, "PYTHONUNBUFFERED": "1" });
     let mut asking = remote("asking", elsewhere.open.url());
     asking.insert("secretFields", vec![doc! { "name": "apiKey", "label": "apiKey", "required": true }]);
     asking.insert("enabled", false);
@@ -159,6 +165,7 @@ async fn fill(database: &Database, elsewhere: &Elsewhere) {
             stdio("shell", "sh", &["-c", "true"], false),
             stdio("clock", "node", &[entry], true),
             stdio("clock-two", "node", &[entry], false),
+            tick,
             doc! { "name": "damaged", "command": 7 },
             remote("guarded", elsewhere.guarded.url()),
             remote("open", elsewhere.open.url()),
@@ -172,7 +179,14 @@ async fn fill(database: &Database, elsewhere: &Elsewhere) {
             "installed": date(), "main": Bson::Null, "error": Bson::Null, "mcpServerId": server, "enabled": true,
         }
     };
-    let packages = [package("@acme/clock", "clock".into()), package("@acme/never", Bson::Null)];
+    let mut python = package("tick-tock", "tick".into());
+    for (field, value) in
+        [("version", "1.0"), ("installPath", "packages/python/tick"), ("venvPath", "packages/python/tick")]
+    {
+        python.insert(field, value);
+    }
+    python.extend(doc! { "runtime": "python", "pythonModule": "tick_tock", "pythonArgs": Bson::Null });
+    let packages = [package("@acme/clock", "clock".into()), package("@acme/never", Bson::Null), python];
     database.collection("packages").insert_many(packages).await.unwrap();
     let foreign = node("encrypt", "another key", &["lost".to_owned()]).remove(0);
     let secret = |user: &str, key: &str, value: String| doc! { "username": user, "key": key, "value": value };
@@ -238,6 +252,10 @@ fn note<'a>(report: &'a Value, text: &str) -> Option<&'a Value> {
 #[tokio::test]
 async fn a_database_of_mcp_api_moves_over_and_back_and_over() {
     let (registry, data) = (registry(), Data::new());
+    for version in ["1.0", "1.1"] {
+        let files = [("tick_tock/__init__.py", ""), ("tick_tock/__main__.py", &python_server(version))];
+        registry.add_python("tick-tock", version, &files);
+    }
     let elsewhere = Elsewhere::new().await;
     let client = mongodb::Client::with_uri_str(data.mongo()).await.unwrap();
     let database = client.database(data.name());
@@ -250,15 +268,15 @@ async fn a_database_of_mcp_api_moves_over_and_back_and_over() {
     assert_eq!(everything(&database).await, before);
     assert_eq!((status, &report["legacyMode"]), (Some(1), &json!("rw")), "{report:#}");
     let expected: [(&str, &str, u64, &str); 17] = [
-        ("kept", "servers", 9, ""),
-        ("kept", "packages", 2, ""),
-        ("kept", "scaling: singleton", 9, ""),
-        ("kept", "values in clear (variables", 6, ""),
+        ("kept", "servers", 10, ""),
+        ("kept", "packages", 3, ""),
+        ("kept", "scaling: singleton", 10, ""),
+        ("kept", "values in clear (variables", 9, ""),
         ("kept", "names that new ones cannot have", 1, "git.hub"),
         ("kept", "installs of servers by their users", 1, ""),
         ("kept", "collections that this version does not use", 1, "somebodyElses"),
         ("changed", "stored twice", 1, "secret echo.K of alice"),
-        ("changed", "workers install anew", 1, "@acme/clock@1.0.0 of clock"),
+        ("changed", "workers install anew", 2, "@acme/clock@1.0.0 of clock"),
         ("changed", "unique indexes", 12, ""),
         ("attention", "does not decrypt", 1, "secret echo.K of bob (tag_mismatch)"),
         ("attention", "fits several servers", 1, "secret git.hub.TOKEN of alice: git.hub"),
@@ -282,11 +300,13 @@ async fn a_database_of_mcp_api_moves_over_and_back_and_over() {
     let told = api.call_as("alice", "echo", "args", json!({})).await.tool_text();
     assert_eq!(told, r#"{"K":"žluťoučký kůň"}"#);
     api.call_as("bob", "echo", "args", json!({})).await.fails(500, "secret_integrity");
-    eventually("the package is installed here", async || {
-        api.call("clock", "version", json!({})).await.status == 200
-    })
-    .await;
-    assert_eq!(version(&api, "clock").await, "1.0.0");
+    for (server, expected) in [("clock", "1.0.0"), ("tick", "1.0")] {
+        eventually("the package is installed here", async || {
+            api.call(server, "version", json!({})).await.status == 200
+        })
+        .await;
+        assert_eq!(version(&api, server).await, expected);
+    }
     let text = json!({"text": "hi"});
     assert_eq!(api.call_as("alice", "open", "echo", text.clone()).await.tool_text(), "hi");
     let called: Vec<_> = elsewhere.open.seen().into_iter().filter(|seen| seen.is("tools/call")).collect();
@@ -348,6 +368,16 @@ async fn reads_as_mcp_api_does(database: &Database, elsewhere: &Elsewhere) {
     assert_eq!(echo.get_document("env").unwrap(), &doc! { "API_KEY": "new" });
     assert!(echo.get_datetime("createdAt").is_ok() && echo["startupTimeout"] == Bson::Null, "{echo}");
     assert_eq!(echo.get_array("secretNames").unwrap(), &["K".into()]);
+    // Packages are started by the paths that they have over there.
+    let tick = one("mcp", doc! { "name": "tick" }).await;
+    assert_eq!(text(&tick, "command"), "/srv/mcp-api/packages/python/tick/bin/python");
+    assert_eq!(text(tick.get_document("env").unwrap(), "VIRTUAL_ENV"), "/srv/mcp-api/packages/python/tick");
+    let package = one("packages", doc! { "mcpServerId": "tick" }).await;
+    assert_eq!(
+        (text(&package, "venvPath").as_str(), text(&package, "version").as_str()),
+        ("packages/python/tick", "1.0")
+    );
+    assert!(package.get_datetime("installed").is_ok(), "{package}");
     let install = one("mcpUserServerInstalls", doc! {}).await;
     assert_eq!(text(&install, "oauthClientSecret"), "client-secret");
 }
