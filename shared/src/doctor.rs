@@ -15,6 +15,7 @@ use tokio::time::timeout;
 
 use crate::{
     config::{self, ConfigErrors, LogFormat, Settings},
+    error::shorten,
     lifecycle::complain,
     telemetry,
 };
@@ -27,6 +28,9 @@ pub use stored::{Looked, stored};
 
 /// How long one look may take. What it waits for is worse than slow then.
 pub const LOOK: Duration = Duration::from_secs(8);
+
+/// Characters of a finding that people are shown; drivers say more than anybody reads, and `--json` has it.
+const SHOWN: usize = 280;
 
 /// The exit status when something is wrong.
 const FOUND: u8 = 1;
@@ -252,7 +256,8 @@ fn print(program: &str, json: bool, findings: &[Finding]) {
             Level::Error => ("ERROR  ", 31),
         };
         let mark = if colours { format!("\x1b[{colour}m{mark}\x1b[0m") } else { mark.to_owned() };
-        let _ = writeln!(out, "  {mark} {:<width$}  {}", finding.what, finding.text);
+        let text = shorten(&finding.text, SHOWN);
+        let _ = writeln!(out, "  {mark} {:<width$}  {text}", finding.what);
         if let Some(remedy) = &finding.remedy {
             let _ = writeln!(out, "          -> {remedy}");
         }

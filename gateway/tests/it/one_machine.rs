@@ -247,7 +247,7 @@ async fn a_cluster_that_cannot_start_says_why_and_leaves_nothing() {
             "MONGOD_BIN",
             script(data, "mute", &format!("sleep 600.25 & echo $! >{}/sleeper; wait", data.path().display())),
         );
-        command.env("START_TIMEOUT_SECONDS", "1");
+        command.env("START_TIMEOUT_SECONDS", "4");
     };
     let weak_key = |_: &Data, command: &mut Command| {
         command.env("SECRETS_KEY", "secret");
@@ -265,7 +265,7 @@ async fn a_cluster_that_cannot_start_says_why_and_leaves_nothing() {
         (
             &mute_store,
             TEMPORARY,
-            &["not ready within 1 s", "START_TIMEOUT_SECONDS", "the database at 127.0.0.1"],
+            &["not ready within 4 s", "START_TIMEOUT_SECONDS", "the database at 127.0.0.1"],
         ),
         (&weak_key, CONFIG, &["ended with exit status 78 before the cluster was ready", "weak"]),
     ];
