@@ -11,6 +11,7 @@ mod caller;
 mod check;
 mod cluster;
 mod cors;
+mod doctor;
 #[cfg(test)]
 mod documentation;
 mod edge;
@@ -18,8 +19,10 @@ mod guard;
 mod install_on_start;
 mod keys;
 mod latest;
+mod local;
 mod login;
 mod meters;
+mod migrate;
 mod nkeys;
 mod pace;
 mod parts;
@@ -43,7 +46,7 @@ use mcp_shared::{
     trace::{self, Traces},
     vault::Vault,
 };
-use mcp_worker::program;
+use mcp_worker::{doctor::DoctorArguments, program};
 use tokio::{
     net::TcpListener,
     time::{Instant, sleep, timeout, timeout_at},
@@ -58,6 +61,8 @@ use backend::Backend;
 use cors::Cors;
 use keys::KeysCommand;
 use latest::LatestVersions;
+use local::LocalArguments;
+use migrate::MigrateArguments;
 use routes::keys::Keys;
 use serve::{Door, Scheme};
 
@@ -86,6 +91,14 @@ enum Command {
     Routes,
     /// Print the effective settings, and whether store, bus, key and data folder can be used.
     Check,
+    /// Look at everything that this program stands on, and say what would mend what is wrong (exit status 1 if anything is).
+    Doctor(DoctorArguments),
+    /// Take over the database of an mcp-api: say what is kept, what is done and what cannot be kept (exit status 1 if
+    /// something cannot). A start does the same by itself.
+    Migrate(MigrateArguments),
+    /// Start a whole cluster on this machine, and stop it: NATS, a database, a gateway and workers.
+    #[command(after_help = local::HELP)]
+    Cluster(LocalArguments),
     /// Make keys for logging in to NATS: a file with the seed for each name, and the public keys as
     /// nats/nats-server.conf expects them.
     Nkeys {
@@ -124,13 +137,24 @@ fn main() -> ExitCode {
     if let Some(Command::Nkeys { names, folder }) = &arguments.command {
         return nkeys::run(names, folder);
     }
+    if let Some(Command::Doctor(how)) = arguments.command {
+        return mcp_shared::doctor::run("mcp-gateway", how.json, arguments.env_file, async |settings| {
+            doctor::look(settings, how).await
+        });
+    }
+    // Those who are started by this process need what is taken out of its environment.
+    let cluster = matches!(arguments.command, Some(Command::Cluster(_)));
+    let environment = if cluster { std::env::vars_os().collect() } else { Vec::new() };
+    let env_file = arguments.env_file.clone();
     lifecycle::run("mcp-gateway", arguments.env_file, async |settings| match arguments.command {
+        Some(Command::Cluster(arguments)) => local::run(settings, &arguments, environment, env_file).await,
         Some(Command::ApiKeys(command)) => api_keys_command::run(settings, command).await,
         Some(Command::Routes) => routes_command(),
         Some(Command::Check) => check::run(settings).await,
+        Some(Command::Migrate(arguments)) => migrate::run(settings, arguments).await,
         Some(Command::Keys(command)) => keys::run(settings, command).await,
         Some(Command::Audit { command: AuditCommand::Verify { files } }) => verify::run(settings, &files),
-        Some(Command::Serve | Command::Nkeys { .. }) | None => run(settings).await,
+        Some(Command::Serve | Command::Nkeys { .. } | Command::Doctor(_)) | None => run(settings).await,
     })
 }
 

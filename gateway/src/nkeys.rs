@@ -48,8 +48,8 @@ fn is_name(name: &str) -> bool {
         && name.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-')
 }
 
-/// The key of a file, which is made if it is not there.
-fn key(path: &Path) -> io::Result<KeyPair> {
+/// The key of a file, which is made, for its owner alone, if it is not there.
+pub fn key(path: &Path) -> io::Result<KeyPair> {
     match OpenOptions::new().write(true).create_new(true).mode(0o600).open(path) {
         Ok(mut file) => {
             let key = KeyPair::new_user();

@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    path::{Path, PathBuf},
+    path::Path,
     sync::{Arc, PoisonError, RwLock},
     time::Duration,
 };
@@ -169,6 +169,11 @@ pub fn check(files: &TlsFiles) -> Result<String, String> {
     }
 }
 
+/// When the certificate of a file ends, if that can be read.
+pub fn ends(path: &Path) -> Option<Timestamp> {
+    end(certificates(path).ok()?.first()?)
+}
+
 fn load(files: &TlsFiles) -> Result<Loaded, TlsError> {
     tls::install_provider();
     let TlsFiles { certificate: path, key } = files;
@@ -191,7 +196,7 @@ fn load(files: &TlsFiles) -> Result<Loaded, TlsError> {
     Ok(Loaded { config: Arc::new(config), ends })
 }
 
-fn certificates(path: &PathBuf) -> Result<Vec<CertificateDer<'static>>, String> {
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
     let all = CertificateDer::pem_file_iter(path).map_err(|error| pem(&error))?;
     all.collect::<Result<_, _>>().map_err(|error| pem(&error))
 }
@@ -254,7 +259,7 @@ async fn refuse(mut stream: TcpStream) {
 mod tests {
     use super::*;
 
-    fn file(name: &str) -> PathBuf {
+    fn file(name: &str) -> std::path::PathBuf {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/tls").join(name)
     }
 

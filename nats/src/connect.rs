@@ -98,7 +98,7 @@ async fn listen(client: &Client, subjects: &Subjects) -> Result<Vec<NodeReport>,
     Ok(nodes.into_values().collect())
 }
 
-fn options(settings: &BusSettings) -> Result<ConnectOptions, OpenError> {
+pub(crate) fn options(settings: &BusSettings) -> Result<ConnectOptions, OpenError> {
     let unfit = |error: std::io::Error| OpenError::Unfit(format!("NATS_CREDS: {error}"));
     let mut options = ConnectOptions::new();
     options = match &settings.login {
@@ -120,7 +120,7 @@ fn options(settings: &BusSettings) -> Result<ConnectOptions, OpenError> {
     Ok(options)
 }
 
-fn addresses(settings: &BusSettings) -> Result<Vec<ServerAddr>, OpenError> {
+pub(crate) fn addresses(settings: &BusSettings) -> Result<Vec<ServerAddr>, OpenError> {
     let parse = |server: &mcp_shared::config::BusServer| {
         server.to_string().parse().map_err(|error| OpenError::Unfit(format!("{server}: {error}")))
     };
@@ -139,11 +139,15 @@ fn numbers(version: &str) -> [u64; 3] {
 
 /// What is to be said of a server with known holes.
 fn holes(info: &ServerInfo) -> Option<String> {
+    holes_of(&info.version)
+}
+
+/// The same by the version alone.
+pub(crate) fn holes_of(version: &str) -> Option<String> {
     let [major, minor, patch] = SAFE;
-    (numbers(&info.version) < SAFE).then(|| {
+    (numbers(version) < SAFE).then(|| {
         format!(
-            "version {} of NATS has holes that need no login: {major}.{minor}.{patch} or newer has them mended",
-            info.version
+            "version {version} of NATS has holes that need no login: {major}.{minor}.{patch} or newer has them mended"
         )
     })
 }
@@ -172,7 +176,7 @@ fn fit(settings: &BusSettings, info: &ServerInfo) -> Result<(), OpenError> {
     Ok(())
 }
 
-fn explain(error: async_nats::ConnectError) -> OpenError {
+pub(crate) fn explain(error: async_nats::ConnectError) -> OpenError {
     let mut text = error.to_string();
     let mut source = std::error::Error::source(&error);
     while let Some(cause) = source {

@@ -4,6 +4,7 @@ pub mod bus;
 pub mod callee;
 pub mod caller;
 pub mod connect;
+pub mod doctor;
 pub mod fleet;
 pub mod frames;
 #[cfg(any(test, feature = "testing"))]

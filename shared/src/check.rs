@@ -64,16 +64,20 @@ pub struct Stored {
     pub findings: Vec<Finding>,
     /// This node as it would introduce itself to others, where the store could be looked into.
     pub node: Option<NodeReport>,
+    /// The store with its keys, where both could be opened to look into them.
+    pub vault: Option<Vault>,
 }
 
 /// Data folder, store and key.
 pub async fn storage(settings: &Settings) -> Stored {
-    let mut node = None;
-    let findings = look(settings, &mut node).await;
-    Stored { findings, node }
+    let mut opened = None;
+    let findings = look(settings, &mut opened).await;
+    let id = WorkerId::from_stored("check");
+    let node = opened.as_ref().map(|vault| NodeReport::of(id, Role::Gateway, (0, 0), vault));
+    Stored { findings, node, vault: opened }
 }
 
-async fn look(settings: &Settings, node: &mut Option<NodeReport>) -> Vec<Finding> {
+async fn look(settings: &Settings, opened: &mut Option<Vault>) -> Vec<Finding> {
     let mut findings = Vec::new();
     let own_key = settings.secrets_key.is_none() && settings.secrets_keys_file.is_none();
     let embedded = matches!(settings.store, StoreSettings::Embedded);
@@ -89,8 +93,7 @@ async fn look(settings: &Settings, node: &mut Option<NodeReport>) -> Vec<Finding
     match node::inspect(settings).await {
         Ok(Inspected { description, vault }) => {
             if let Ok(Some(vault)) = &vault {
-                let id = WorkerId::from_stored("check");
-                *node = Some(NodeReport::of(id, Role::Gateway, (0, 0), vault));
+                *opened = Some(vault.clone());
             }
             let (store, key) = inspected(settings, &description, vault).await;
             findings.push(("store", store));
@@ -158,7 +161,8 @@ fn key_without_store(settings: &Settings) -> Result<String, String> {
     Ok(format!("will be generated in {}", path.display()))
 }
 
-fn data_folder(folder: &Path) -> Result<String, String> {
+/// Whether the data folder can be used, or made.
+pub fn data_folder(folder: &Path) -> Result<String, String> {
     if !folder.exists() {
         let ancestor = existing_ancestor(folder)?;
         return Ok(format!("{} will be made below {}", folder.display(), ancestor.display()));

@@ -24,6 +24,7 @@ mod limits;
 mod mongo;
 mod packages;
 mod parse;
+mod programs;
 mod remote;
 mod table;
 mod traces;
@@ -40,6 +41,7 @@ pub use limits::{LimitSettings, MOST_CALLS, UserLimits};
 pub use mongo::{MongoLogin, MongoSettings, StoreSettings};
 pub use packages::{InstallOnStart, PackageSettings};
 pub use parse::ListenHost;
+pub use programs::ProgramSettings;
 pub use remote::{GoogleCredentials, RemoteSettings};
 pub use table::VARIABLES;
 pub use variables::{Group, Since, Variable, find, help_text, markdown_table};
@@ -114,6 +116,8 @@ pub struct Settings {
     pub store: StoreSettings,
     /// The bus between gateways and workers; without one the worker runs in the gateway's process.
     pub bus: Option<BusSettings>,
+    /// Programs of others that a cluster on one machine is made of.
+    pub programs: ProgramSettings,
     /// How long a start waits for a store or bus on the network.
     pub start_timeout: Duration,
     /// Where a worker serves its health.
@@ -250,6 +254,7 @@ impl Settings {
         let worker_port = reader.required("WORKER_PORT", parse::port);
         let store = reader.store();
         let bus = reader.bus();
+        let programs = reader.programs();
         let packages = reader.packages(data_dir.as_deref());
         let launch = reader.launch();
         let audit = reader.audit(data_dir.as_deref());
@@ -278,6 +283,7 @@ impl Settings {
             Some(worker_host),
             Some(worker_port),
             Some(store),
+            Some(programs),
             Some(packages),
             Some(audit),
             true,
@@ -294,6 +300,7 @@ impl Settings {
             worker_host,
             worker_port,
             store,
+            programs,
             packages,
             audit,
             reader.problems.is_empty(),
@@ -316,6 +323,7 @@ impl Settings {
             data_dir,
             store,
             bus,
+            programs,
             start_timeout,
             worker_host,
             worker_port,
@@ -339,6 +347,17 @@ impl Settings {
     /// Every variable with the value in effect and where it came from, secrets masked.
     pub fn effective(&self) -> Vec<(&'static str, String, Origin)> {
         self.effective.clone()
+    }
+
+    /// Whether a variable was given a value, here or in the file.
+    pub fn is_set(&self, name: &str) -> bool {
+        self.shown(name).is_some()
+    }
+
+    /// What people are shown of the value that a variable was given.
+    pub fn shown(&self, name: &str) -> Option<&str> {
+        let found = self.effective.iter().find(|(known, _, _)| *known == name);
+        found.filter(|(_, _, origin)| *origin != Origin::Default).map(|(_, value, _)| value.as_str())
     }
 }
 

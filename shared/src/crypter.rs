@@ -126,6 +126,17 @@ pub enum LegacyMode {
     Off,
 }
 
+impl LegacyMode {
+    /// The mode as settings spell it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Rw => "rw",
+            Self::Ro => "ro",
+            Self::Off => "off",
+        }
+    }
+}
+
 /// Where a value is stored. It can be opened in this place only.
 #[derive(Debug, Clone, Copy)]
 pub struct Place<'a> {

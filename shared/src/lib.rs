@@ -6,6 +6,7 @@ pub mod audit;
 pub mod check;
 pub mod config;
 pub mod crypter;
+pub mod doctor;
 pub mod egress;
 pub mod error;
 pub mod fleet;

@@ -18,7 +18,7 @@ use crate::{
 
 mod keys;
 
-pub use keys::{KEY_FILE, KeyPlace, Reloader};
+pub use keys::{KEY_FILE, KeyPlace, Reloader, make_key};
 
 /// How long to wait before trying again to reach what does not answer yet; also how often the log says so.
 const AGAIN: Duration = Duration::from_secs(1);

@@ -318,7 +318,7 @@ pub trait Store: Send + Sync + 'static {
     /// there.
     async fn reseal_secret(&self, row: &SecretRow, value: &str) -> Result<bool, StoreError>;
 
-    /// How many secrets have values in mcp-api's format.
+    /// How many values there are that only mcp-api would have written: in its format, or in clear where it has them so.
     async fn legacy_secrets(&self) -> Result<u64, StoreError>;
 
     /// Keeps the tools that a server listed.

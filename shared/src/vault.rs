@@ -400,7 +400,14 @@ impl Vault {
         Ok(Versioned { revision: sealed.revision, value })
     }
 
-    fn seal_variable(&self, place: &Place<'_>, value: &str) -> Result<String, CryptoError> {
+    /// Why a value in mcp-api's format cannot be opened, if it cannot.
+    pub fn refuses_legacy(&self, text: &str) -> Option<&'static str> {
+        // The format knows of no place.
+        let place = Place { collection: "", field: "", ids: &[] };
+        self.crypter.load().open(&place, text).err().map(|error| error.kind().as_str())
+    }
+
+    pub(crate) fn seal_variable(&self, place: &Place<'_>, value: &str) -> Result<String, CryptoError> {
         // mcp-api has these in clear and could not read them otherwise. A value that looks encrypted
         // is encrypted all the same, because it would be taken for an encrypted one when it is read.
         if self.mode() == LegacyMode::Rw && !is_sealed(value) && !is_legacy(value) {

@@ -95,11 +95,15 @@ impl Bus {
 /// version it has, whether it asks everybody for a login; and whether store and keys of this node, as far
 /// as they are known, are those of the fleet. It connects once and leaves nothing behind.
 pub async fn check(settings: &BusSettings, own: Option<&NodeReport>) -> Vec<Finding> {
-    let (description, nodes) = match mcp_nats::connect::check(settings).await {
-        Ok(found) => found,
-        Err(error) => return vec![("bus", Err(unusable(settings, error).to_string()))],
-    };
-    vec![("bus", Ok(description)), ("fleet", compare(own, &nodes))]
+    look(settings, own).await.0
+}
+
+/// The same, with the nodes that were heard.
+pub async fn look(settings: &BusSettings, own: Option<&NodeReport>) -> (Vec<Finding>, Vec<NodeReport>) {
+    match mcp_nats::connect::check(settings).await {
+        Ok((description, nodes)) => (vec![("bus", Ok(description)), ("fleet", compare(own, &nodes))], nodes),
+        Err(error) => (vec![("bus", Err(unusable(settings, error).to_string()))], Vec::new()),
+    }
 }
 
 fn compare(own: Option<&NodeReport>, nodes: &[NodeReport]) -> Result<String, String> {

@@ -2,6 +2,7 @@
 
 pub mod bus;
 mod call;
+pub mod doctor;
 mod google;
 mod group;
 pub mod health;

@@ -7,6 +7,8 @@ use mcp_shared::{
     audit::Audit,
     check,
     config::{self, BusSettings, Settings},
+    doctor,
+    fleet::Role,
     lifecycle::{self, EX_CONFIG, EX_TEMPFAIL, Hangups, complain},
     node::{self, NodeError},
     trace::{self, Traces},
@@ -20,6 +22,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     Boot,
     bus::{self, Bus},
+    doctor::{self as worker_doctor, DoctorArguments},
     health::{self, Health},
     supervisor,
     worker::Worker,
@@ -45,6 +48,8 @@ enum Command {
     Serve,
     /// Print the effective settings, and whether store, bus and key can be used.
     Check,
+    /// Look at everything that a worker stands on, and say what would mend what is wrong (exit status 1 if anything is).
+    Doctor(DoctorArguments),
 }
 
 /// What every program with a worker in it does before anything else: it keeps its memory to itself, and
@@ -62,6 +67,11 @@ pub fn main() -> ExitCode {
         return ended;
     }
     let arguments = Arguments::parse();
+    if let Some(Command::Doctor(how)) = arguments.command {
+        return doctor::run("mcp-worker", how.json, arguments.env_file, async |settings| {
+            worker_doctor::look(settings, Role::Worker, how).await
+        });
+    }
     lifecycle::run("mcp-worker", arguments.env_file, async |settings| {
         let Some(bus) = &settings.bus else {
             complain(
@@ -73,7 +83,7 @@ pub fn main() -> ExitCode {
         };
         match arguments.command {
             Some(Command::Check) => look(settings, bus).await,
-            Some(Command::Serve) | None => serve(settings, bus).await,
+            Some(Command::Serve | Command::Doctor(_)) | None => serve(settings, bus).await,
         }
     })
 }

@@ -95,6 +95,7 @@ mod guarded;
 mod keys_fleet;
 mod metrics_fleet;
 mod mongodb_alone;
+mod moving_over;
 mod overload_fleet;
 mod packages_fleet;
 mod placement;

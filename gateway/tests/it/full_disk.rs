@@ -20,11 +20,11 @@ use crate::{
 const PAGE: usize = 4_096;
 
 /// A disk of its own, small enough to be full.
-struct Disk(TempDir);
+pub struct Disk(TempDir);
 
 impl Disk {
     /// `None` where one may not be mounted, and then it says so.
-    fn mount() -> Option<Self> {
+    pub fn mount() -> Option<Self> {
         let folder = tempfile::Builder::new().prefix("mcp-api-disk-").tempdir().unwrap();
         let mut mount = Command::new("mount");
         mount.args(["-t", "tmpfs", "-o", "size=4m,mode=700", "tmpfs"]).arg(folder.path());
@@ -40,6 +40,11 @@ impl Disk {
                 None
             }
         }
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        self.0.path()
     }
 
     fn filler(&self) -> PathBuf {

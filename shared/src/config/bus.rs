@@ -138,7 +138,8 @@ fn login(user_info: UserInfo<'_>) -> Option<BusLogin> {
     })
 }
 
-fn prefix(text: &str) -> Result<String, parse::Valid> {
+/// A first token of subjects.
+pub(super) fn prefix(text: &str) -> Result<String, parse::Valid> {
     let ok = (1..=32).contains(&text.len())
         && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-')
         // NATS' clients receive their answers below that token.

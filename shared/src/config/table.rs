@@ -483,6 +483,21 @@ pub const VARIABLES: &[Variable] = &[
         "NATS that connects gateways and workers: nats:// or tls:// and host:port, several comma-separated. \
          User and password, or a token, may stand before an @. Unset: the worker runs in this program.",
     ),
+    plain(
+        "NATS_SERVER_BIN",
+        "nats-server on PATH",
+        Group::Cluster,
+        Since::Now,
+        "The nats-server that `mcp-gateway cluster` starts where NATS_URL is not set.",
+    ),
+    plain(
+        "MONGOD_BIN",
+        "mongod or secantusd-py on PATH",
+        Group::Cluster,
+        Since::Now,
+        "The database that `mcp-gateway cluster` starts where neither MONGODB_URI nor MONGO_HOST is set: mongod, or \
+         another program with its options --bind_ip, --port and --dbpath.",
+    ),
     plain("NATS_CREDS", "", Group::Cluster, Since::Now, "Credentials file for NATS, as nsc writes it."),
     plain("NATS_NKEY_SEED_FILE", "", Group::Cluster, Since::Now, "File with the NKey seed of a NATS user."),
     plain(

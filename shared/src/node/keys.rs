@@ -125,6 +125,14 @@ impl KeyPlace {
     }
 }
 
+/// Makes a key ring with one new key where only the owner can read it, unless there is one.
+pub fn make_key(path: &Path) -> Result<(), NodeError> {
+    if path.exists() {
+        return Ok(());
+    }
+    KeyPlace { text: None, file: None, generated: path.to_owned() }.generate().map(drop)
+}
+
 fn read(path: &Path) -> io::Result<SecretString> {
     let contents = std::fs::read_to_string(path).map(SecretString::from)?;
     if std::fs::metadata(path)?.permissions().mode() & 0o004 != 0 {

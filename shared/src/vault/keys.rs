@@ -12,7 +12,7 @@ use super::{
     },
 };
 use crate::{
-    crypter::{Crypter, LegacyMode},
+    crypter::Crypter,
     store::{
         Fact, StoreError,
         embedded::{EmbeddedStore, OpenError},
@@ -154,11 +154,7 @@ impl Vault {
         }
         let Census { legacy, clear, broken, .. } = census;
         Ok(KeysView {
-            legacy_mode: match crypter.mode() {
-                LegacyMode::Rw => "rw",
-                LegacyMode::Ro => "ro",
-                LegacyMode::Off => "off",
-            },
+            legacy_mode: crypter.mode().as_str(),
             keys,
             legacy_values: legacy,
             clear_values: clear,

@@ -4,7 +4,7 @@
 //! Fields have the names of mcp-api, whose documents are read as they are: what is missing there is `null`
 //! or not there at all, moments are texts or numbers, and lists may be one text.
 
-use secrecy::SecretString;
+use secrecy::{ExposeSecret, SecretString};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
@@ -61,7 +61,10 @@ impl Vault {
         fields.set("serverName", server)?;
         fields.set("username", user)?;
         fields.set("url", &session.url)?;
-        fields.set("sessionId", self.seal_field(Collection::Sessions, "sessionId", &ids, &session.id)?)?;
+        // mcp-api has it in clear, and would send what is encrypted as it stands.
+        let place = Place { collection: Collection::Sessions.name(), field: "sessionId", ids: &ids };
+        let id = self.seal_variable(&place, session.id.expose_secret());
+        fields.set("sessionId", id.map_err(|error| VaultError::Seal { what: what(&place), error })?)?;
         fields.set("protocolVersion", &session.protocol_version)?;
         fields.set("createdAt", session.updated_at)?;
         fields.set("updatedAt", session.updated_at)?;

@@ -72,6 +72,14 @@ impl Default for Bounds {
     }
 }
 
+/// What programs that reach registries get of this process' environment, and nothing of ours.
+pub(crate) fn passed_on() -> Vec<(String, String)> {
+    let all = std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
+    let environment = Environment::of(all.collect());
+    environment.variables().map(|(name, value)| (name.clone(), value.as_str().to_owned())).collect()
+}
+
 /// What can make a package's folder on this machine.
 pub struct Managers {
     environment: Environment,

@@ -11,7 +11,7 @@ use super::{
 use crate::store::{Collection, StoreError};
 
 /// The fields of which mcp-api's collections have one document each.
-fn parts(collection: Collection) -> Option<[&'static str; 2]> {
+pub(super) fn parts(collection: Collection) -> Option<[&'static str; 2]> {
     match collection {
         Collection::Sessions | Collection::OAuthTokens => Some(["serverName", "username"]),
         Collection::OAuthClients => Some(["issuer", "redirectUri"]),

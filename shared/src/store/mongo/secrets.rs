@@ -23,7 +23,7 @@ const NAME: &str = "secretName";
 const INCARNATION: &str = "_incarnation";
 /// The first versions of mcp-api had the server in a field of this name, and no later one reads such
 /// rows. They are left alone.
-const ANCIENT: &str = "server";
+pub(super) const ANCIENT: &str = "server";
 
 /// How often a write is tried anew when others write the same key.
 const ATTEMPTS: usize = 5;
@@ -33,22 +33,22 @@ const BATCH: usize = 1_000;
 const VALUE_BYTES: usize = 4 * limits::SECRET_BYTES;
 
 /// mcp-api's encrypted values: nonce, tag and ciphertext. The end is that of the text, not of a line.
-const LEGACY_VALUE: &str = "^[0-9a-fA-F]{24}:[0-9a-fA-F]{32}:([0-9a-fA-F]{2})*$(?!\\n)";
+pub(super) const LEGACY_VALUE: &str = "^[0-9a-fA-F]{24}:[0-9a-fA-F]{32}:([0-9a-fA-F]{2})*$(?!\\n)";
 
 /// A row as far as it can be understood.
 #[derive(Debug)]
 pub(super) struct Row {
     id: Bson,
-    username: String,
-    key: String,
+    pub(super) username: String,
+    pub(super) key: String,
     /// The server and the name, in rows of ours.
-    owner: Option<(String, String)>,
+    pub(super) owner: Option<(String, String)>,
     incarnation: Option<Bson>,
-    value: Option<String>,
+    pub(super) value: Option<String>,
 }
 
 impl Row {
-    fn read(raw: &RawDocumentBuf) -> Option<Self> {
+    pub(super) fn read(raw: &RawDocumentBuf) -> Option<Self> {
         let owner = match (raw.get_str(SERVER), raw.get_str(NAME)) {
             (Ok(server), Ok(name)) => Some((server.to_owned(), name.to_owned())),
             _ => None,

@@ -20,6 +20,8 @@ use crate::{
 /// Documents that are asked for at once where all are read. (By default it is a hundred, and then the rest.)
 const BATCH: u32 = 1_000;
 const UNREADABLE: &str = "a server's record cannot be read";
+/// What users have installed of servers that they brought; only mcp-api writes it.
+pub(super) const INSTALLS: &str = "mcpUserServerInstalls";
 
 impl Database {
     pub(super) async fn all_servers(&self) -> Result<Vec<Versioned<SealedServer>>, Failure> {
@@ -194,6 +196,9 @@ impl Database {
             filter.insert(INCARNATION, exactly(record.get(INCARNATION)));
             existed |= documents.delete_one(filter).await?.deleted_count > 0;
         }
+        if existed {
+            self.delete_installs(name).await?;
+        }
         for record in &records {
             self.delete_rows_of_incarnation(name, &documents::incarnation(record)).await?;
         }
@@ -204,6 +209,13 @@ impl Database {
             self.delete_ids(left).await?;
         }
         Ok(existed)
+    }
+
+    /// Removes what users of mcp-api have installed of a server, as that does: they may hold secrets of its clients.
+    async fn delete_installs(&self, name: &ServerName) -> Result<(), Failure> {
+        let installs = self.database.collection::<Document>(INSTALLS);
+        installs.delete_many(doc! { "serverName": { "$eq": name.as_str() } }).await?;
+        Ok(())
     }
 
     async fn delete_tools(&self, name: &ServerName) -> Result<(), Failure> {

@@ -150,6 +150,7 @@ pub async fn users_with_secrets_are_counted_once(store: Arc<dyn Store>) {
 
 /// Only values of mcp-api's form count: nonce, tag and ciphertext in hexadecimal digits.
 pub async fn secrets_in_the_old_format_are_counted(store: Arc<dyn Store>) {
+    let first = store.legacy_secrets().await.unwrap();
     let (user, server) = (user("u"), registered(&*store, "legacy").await);
     let (nonce, tag) = ("0123456789abcdef01234567", "0123456789abcdef0123456789ABCDEF");
     let old = [format!("{nonce}:{tag}:00ff"), format!("{nonce}:{tag}:")];
@@ -165,7 +166,8 @@ pub async fn secrets_in_the_old_format_are_counted(store: Arc<dyn Store>) {
         format!("g{}:{tag}:00ff", &nonce[1..]),
         format!("{nonce}:{tag}:00ff\n"),
     ];
-    // No other test stores such values, so the difference is ours even in a shared store.
+    // No other test stores such values, so the difference is ours even in a shared store. (The server has variables in
+    // clear, which count where mcp-api may have been.)
     let before = store.legacy_secrets().await.unwrap();
     for (number, value) in old.iter().chain(&other).enumerate() {
         store.put_secret(&secret(&user, &server, &format!("N{number}"), value)).await.unwrap();
@@ -174,5 +176,5 @@ pub async fn secrets_in_the_old_format_are_counted(store: Arc<dyn Store>) {
     store.put_secret(&secret(&user, &server, "N0", "v1.k1.c2VhbGVk")).await.unwrap();
     assert_eq!(store.legacy_secrets().await.unwrap(), before + 1);
     assert!(store.delete_server(&server).await.unwrap());
-    assert_eq!(store.legacy_secrets().await.unwrap(), before);
+    assert_eq!(store.legacy_secrets().await.unwrap(), first);
 }
