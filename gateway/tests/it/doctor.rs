@@ -8,7 +8,10 @@ use std::{
     process::Command,
 };
 
-use mcp_shared::testing::services::{MongoServer, NatsServer, mongo_for_a_test, shared_nats};
+use mcp_shared::testing::{
+    port::Port,
+    services::{MongoServer, NatsServer, mongo_for_a_test, shared_nats},
+};
 use serde_json::{Value, json};
 
 use crate::{
@@ -178,7 +181,8 @@ async fn what_is_wrong_with_settings_keys_and_files_is_found() {
     }
 
     // Programs that are not there, and services that do not answer.
-    let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let kept = Port::keep();
+    let nobody = kept.address();
     let collector = format!("http://{nobody}");
     let settings = [("PATH", "/nowhere"), ("OTEL_EXPORTER_OTLP_ENDPOINT", &collector)];
     doctor(with(&data, &settings))
@@ -271,7 +275,8 @@ async fn a_cluster_is_well_and_what_is_wrong_with_it_is_found() {
     doctor(node(true, &[("NATS_URL", "")])).await.is(1).finds("error", "settings", &["NATS_URL", "worker"]);
 
     // What does not answer, and what is too old.
-    let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let kept = Port::keep();
+    let nobody = kept.address();
     let (no_bus, no_store) = (format!("nats://{nobody}"), format!("mongodb://{nobody}"));
     let (no_bus, no_store, old) = (
         doctor(node(true, &[("NATS_URL", &no_bus)])),
