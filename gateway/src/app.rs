@@ -7,6 +7,7 @@ use bytes::Bytes;
 use http::{HeaderMap, header, request::Parts};
 use mcp_shared::{
     audit::{Audit, Recorded},
+    builtin,
     egress::Egress,
     error::{ErrorCode, WorkerError},
     fleet::NodeReport,
@@ -15,6 +16,7 @@ use mcp_shared::{
     launch::LaunchRules,
     limits,
     metrics::Exposition,
+    server::ServerRecord,
     store::StoreError,
     vault::{Vault, VaultError},
     worker_api::{CallContext, Change, ServerReport, ServerStatus, WorkerApi},
@@ -149,6 +151,22 @@ impl App {
         }
     }
 
+    /// All servers: those that are stored, and those that are part of the program. What is stored under the name of one
+    /// of the latter is kept, and not used.
+    pub async fn servers(&self) -> Result<Vec<ServerRecord>, Problem> {
+        let stored = self.vault.servers().await?.into_iter().map(|server| server.value);
+        Ok(stored.filter(|server| !builtin::is_builtin(&server.name)).chain(builtin::records()).collect())
+    }
+
+    /// One of them.
+    pub async fn server(&self, name: &ServerName) -> Result<ServerRecord, Problem> {
+        if let Some(builtin) = builtin::find(name) {
+            return Ok(builtin);
+        }
+        let stored = self.vault.server(name).await?;
+        Ok(stored.ok_or_else(|| WorkerError::server_not_found(name))?.value)
+    }
+
     /// What is known about all servers. Listings of which no worker knows better are those of the store:
     /// a server has its tools whether or not anybody runs it right now.
     pub async fn reports(&self) -> Result<HashMap<ServerName, ServerReport>, Problem> {
@@ -157,7 +175,7 @@ impl App {
             running?.into_iter().map(|report| (report.name.clone(), report)).collect();
         for stored in stored? {
             let listed = reports.get(&stored.server).is_some_and(|report| report.listed.is_some());
-            if listed || stored.user.is_some() {
+            if listed || stored.user.is_some() || builtin::is_builtin(&stored.server) {
                 continue;
             }
             let Ok(tools) = RawJson::parse(stored.tools) else { continue };

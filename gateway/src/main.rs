@@ -39,6 +39,7 @@ use std::{io::Write, path::PathBuf, process::ExitCode, sync::Arc, time::Duration
 use clap::{Parser, Subcommand};
 use mcp_shared::{
     audit::Audit,
+    builtin,
     config::{self, Auth, Settings},
     lifecycle::{self, EX_CONFIG, EX_TEMPFAIL, Hangups, complain},
     metrics::Exposition,
@@ -295,6 +296,11 @@ async fn start(
 /// Servers that were registered before there were rules go on. Whoever set the rules should know.
 async fn warn_of_records(settings: &Settings, vault: &Vault) -> Result<(), NodeError> {
     for server in vault.servers().await? {
+        if builtin::is_builtin(&server.value.name) {
+            let server = &server.value.name;
+            tracing::warn!(%server, "a server is stored under the name of a built-in one; it is kept, and not used");
+            continue;
+        }
         if let Err(refused) = settings.launch.check(&server.value, None) {
             let (server, reason) = (&server.value.name, &refused.message);
             tracing::warn!(%server, reason, "a server is stored that could not be registered today; it goes on");

@@ -29,6 +29,7 @@ mod remote;
 mod table;
 mod traces;
 mod variables;
+mod web_tools;
 
 #[cfg(test)]
 mod tests;
@@ -45,6 +46,7 @@ pub use programs::ProgramSettings;
 pub use remote::{GoogleCredentials, RemoteSettings};
 pub use table::VARIABLES;
 pub use variables::{Group, Since, Variable, find, help_text, markdown_table};
+pub use web_tools::{BrowserChoice, Sandbox, SearxngUrl, WebToolSettings};
 
 /// The file that is read when it exists and no other is named.
 pub const DEFAULT_ENV_FILE: &str = ".env";

@@ -3,6 +3,7 @@
 pub mod answer;
 pub mod api_key;
 pub mod audit;
+pub mod builtin;
 pub mod check;
 pub mod config;
 pub mod crypter;

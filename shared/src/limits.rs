@@ -88,6 +88,30 @@ table! {
     CHILD_FILE_BYTES: u64 = 16 * 1024 * 1024 * 1024;
     /// How much rather the kernel ends a server than the worker when memory runs out (`oom_score_adj`).
     CHILD_OOM_SCORE: i32 = 500;
+    /// Bytes of a page, PDF or text that the built-in `get_url_content` reads, with all that the page loads.
+    WEB_PAGE_BYTES: usize = 24 * 1024 * 1024;
+    /// Bytes of the Markdown or text that it answers with; the rest is cut, which the answer says.
+    WEB_TEXT_BYTES: usize = 1024 * 1024;
+    /// How long a page may take to load; what is there by then is taken as it is.
+    WEB_PAGE_TIMEOUT: Duration = Duration::from_secs(20);
+    /// How long a page, PDF or text may take without a browser.
+    WEB_FETCH_TIMEOUT: Duration = Duration::from_secs(30);
+    /// Redirects that are followed.
+    WEB_REDIRECTS: usize = 10;
+    /// How long it may take to make Markdown of a page, or text of a PDF.
+    WEB_CONVERT_TIMEOUT: Duration = Duration::from_secs(10);
+    /// Bytes of memory that this may take. It happens in a process of its own.
+    WEB_CONVERT_MEMORY: u64 = 1024 * 1024 * 1024;
+    /// A browser that nobody asked for a page for so long is ended.
+    BROWSER_IDLE: Duration = Duration::from_secs(300);
+    /// How long a browser may take to start.
+    BROWSER_START: Duration = Duration::from_secs(30);
+    /// How long no browser is started after one did not start; pages are fetched without until then.
+    BROWSER_PAUSE: Duration = Duration::from_secs(30);
+    /// How long the built-in `web_search` waits for the search engine.
+    SEARCH_TIMEOUT: Duration = Duration::from_secs(20);
+    /// Bytes of the search engine's answer.
+    SEARCH_BYTES: usize = 4 * 1024 * 1024;
     /// Entries of the cache of (still encrypted) secrets, by user and server.
     SECRET_CACHE: usize = 20_000;
     /// For how long after the store of a fleet last answered what is remembered of secrets may be used. (That

@@ -20,6 +20,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use zeroize::Zeroizing;
 
 use crate::{
+    builtin::WebTools,
     idempotency::NamedCalls,
     leases::{Hold, Leases},
     oauth::OAuth,
@@ -51,13 +52,15 @@ pub struct Host {
     /// Secrets at hand, still encrypted.
     pub secrets: SecretCache,
     /// Starts processes and ends them.
-    pub supervisor: Supervisor,
+    pub supervisor: Arc<Supervisor>,
     /// What is installed here.
     pub packages: Arc<Packages>,
     /// Named calls that run here.
     pub named_calls: NamedCalls,
     /// Sends requests to other machines.
     pub http: Outgoing,
+    /// The built-in tools for the web.
+    pub web_tools: Arc<WebTools>,
     /// Users' tokens for remote servers.
     pub oauth: OAuth,
     /// The application's credentials at Google.
@@ -112,12 +115,22 @@ impl Host {
         let stopping = CancellationToken::new();
         let oauth =
             OAuth::new(vault.clone(), http.clone(), worker_id.clone(), tasks.clone(), stopping.clone());
+        let supervisor = Supervisor::new(executable.clone())
+            .with_caps(Caps { processes: limits.server_processes, memory: limits.server_memory });
+        let supervisor = Arc::new(supervisor);
+        let web_tools = WebTools::new(
+            remote.web_tools.clone(),
+            http.clone(),
+            executable,
+            Arc::clone(&supervisor),
+            (tasks.clone(), stopping.clone()),
+        );
         Self {
             worker_id,
             secrets: SecretCache::new(vault.clone()),
             named_calls: NamedCalls::default(),
-            supervisor: Supervisor::new(executable)
-                .with_caps(Caps { processes: limits.server_processes, memory: limits.server_memory }),
+            supervisor,
+            web_tools,
             packages: Arc::new(Packages::new(packages)),
             oauth,
             google: remote.google.clone(),

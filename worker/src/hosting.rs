@@ -78,7 +78,8 @@ impl Hosting for Worker {
         let entries = self.entries();
         let runs_always = entries.iter().filter(|entry| {
             let record = current(&entry.record);
-            record.enabled && !record.is_per_user() && record.idle_limit().is_none()
+            // What is part of the program runs everywhere without being placed.
+            record.enabled && !record.is_per_user() && record.idle_limit().is_none() && !entry.is_builtin()
         });
         runs_always.map(|entry| (entry.name.clone(), entry.runs_shared())).collect()
     }

@@ -61,6 +61,8 @@ pub enum Origin {
     },
     /// A connection to another machine.
     Remote(Arc<Http>),
+    /// A part of this program.
+    Builtin,
 }
 
 /// How an instance ended.
@@ -70,6 +72,8 @@ pub enum End {
     Process(Exit),
     /// The remote server ended the session, or the one stream that it had.
     Remote,
+    /// What is part of this program did.
+    Builtin,
 }
 
 impl std::fmt::Display for End {
@@ -77,6 +81,7 @@ impl std::fmt::Display for End {
         match self {
             End::Process(exit) => write!(f, "the process {exit}"),
             End::Remote => f.write_str("the remote server ended the session"),
+            End::Builtin => f.write_str("the built-in server ended"),
         }
     }
 }
@@ -247,7 +252,7 @@ impl Instance {
     pub fn pid(&self) -> Option<u32> {
         match self.origin {
             Origin::Process { pid } => Some(pid),
-            Origin::Remote(_) => None,
+            Origin::Remote(_) | Origin::Builtin => None,
         }
     }
 
@@ -313,7 +318,7 @@ impl Instance {
             End::Process(Exit::Code(_)) => Gone::Exited,
             End::Process(Exit::Signal(_)) => Gone::Killed,
             End::Process(Exit::Lost) => Gone::Lost,
-            End::Remote => Gone::Disconnected,
+            End::Remote | End::Builtin => Gone::Disconnected,
         }
     }
 

@@ -1,5 +1,6 @@
 #![doc = include_str!("../README.md")]
 
+mod builtin;
 pub mod bus;
 mod call;
 pub mod doctor;

@@ -29,6 +29,8 @@ static STARTS: [Counts<Started, { Started::ALL.len() }>; Carrier::ALL.len()] =
 static START_TIMES: Histograms<Carrier, { Carrier::ALL.len() }> = Histograms::new(instruments::SLOW);
 static REPLAYED: Count = Count::new();
 static CANCELS_IGNORED: Count = Count::new();
+static BROWSER_STARTS: Count = Count::new();
+static BROWSER_PAGES: AtomicU64 = AtomicU64::new(0);
 static SECRET_READS: Counts<SecretSource, { SecretSource::ALL.len() }> = Counts::new();
 static REFRESHES: Counts<Refreshed, { Refreshed::ALL.len() }> = Counts::new();
 static EXITS: Counts<Gone, { Gone::ALL.len() }> = Counts::new();
@@ -90,6 +92,16 @@ pub fn replayed() {
 /// A call that was cancelled was not given up in time.
 pub fn cancel_ignored() {
     CANCELS_IGNORED.add(1);
+}
+
+/// The browser was started.
+pub fn browser_started() {
+    BROWSER_STARTS.add(1);
+}
+
+/// A page is open, until this is dropped.
+pub fn page() -> Running<'static> {
+    Running::begin(&BROWSER_PAGES)
 }
 
 /// A user's secrets were looked at.
@@ -197,6 +209,8 @@ fn show_counts(metrics: &Exposition) {
     metrics.show_counts(Metric::SecretReads, "source", &SECRET_READS);
     metrics.show_counts(Metric::TokenRefreshes, "result", &REFRESHES);
     metrics.show_all(Metric::Replayed, |samples| samples.count(&[], REPLAYED.get()));
+    metrics.show_all(Metric::BrowserStarts, |samples| samples.count(&[], BROWSER_STARTS.get()));
+    metrics.show(Metric::BrowserPages, || BROWSER_PAGES.load(Relaxed) as f64);
     metrics.show_all(Metric::CancelsIgnored, |samples| samples.count(&[], CANCELS_IGNORED.get()));
     metrics.show_all(Metric::StageDuration, |samples| {
         for (carrier, stages) in Carrier::ALL.iter().zip(&STAGES) {

@@ -21,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     Boot,
+    builtin::convert,
     bus::{self, Bus},
     doctor::{self as worker_doctor, DoctorArguments},
     health::{self, Health},
@@ -53,12 +54,16 @@ enum Command {
 }
 
 /// What every program with a worker in it does before anything else: it keeps its memory to itself, and
-/// becomes the supervisor of its servers when it was started as one. `Some` is the end of that.
+/// becomes the supervisor of its servers, or what reads a stranger's document, when it was started as one. `Some` is
+/// the end of that.
 pub fn supervised() -> Option<ExitCode> {
     supervisor::protect_process();
     // The supervisor is this executable under another argument, before any thread exists.
-    let asked = std::env::args_os().nth(1).is_some_and(|argument| argument == supervisor::ARGUMENT);
-    asked.then(supervisor::run)
+    let asked = std::env::args_os().nth(1)?;
+    if asked == convert::ARGUMENT {
+        return Some(convert::run());
+    }
+    (asked == supervisor::ARGUMENT).then(supervisor::run)
 }
 
 /// The program.

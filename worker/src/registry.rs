@@ -7,6 +7,7 @@ use std::{
 };
 
 use mcp_shared::{
+    builtin,
     error::{ErrorCode, Outcome, WorkerError},
     ids::{SecretName, ServerName, ToolName, UserId},
     json::RawJson,
@@ -102,6 +103,18 @@ impl Entry {
             said_changed: Mutex::new(None),
             changing: tokio::sync::Mutex::new(()),
         })
+    }
+
+    /// A server that is part of the program, with the tools that it has here.
+    pub fn builtin(record: ServerRecord, tools: RawJson) -> Arc<Self> {
+        let entry = Self::new(record, Some(tools));
+        lock(&entry.listing).listed = Some(Timestamp::now());
+        entry
+    }
+
+    /// Whether it is part of the program: it is as it is, whatever is stored.
+    pub fn is_builtin(&self) -> bool {
+        builtin::is_builtin(&self.name)
     }
 
     /// The processes that serve a user. They need not run yet.
@@ -325,6 +338,10 @@ impl Entry {
         for group in groups.shared.iter().chain(groups.users.values()).chain(&groups.leaving) {
             let (status, running) = group.standing();
             instances += running;
+            // It is neither a process nor a connection to anywhere.
+            if self.is_builtin() {
+                instances = 0;
+            }
             // As in its report: what merely sleeps says nothing.
             best = best.max(Some(status).filter(|status| *status != ServerStatus::Disconnected));
         }
@@ -350,7 +367,13 @@ impl Entry {
         }
         // The best of those that run or should; what merely sleeps says nothing.
         let awake = statuses.into_iter().filter(|status| *status != ServerStatus::Disconnected);
-        let status = awake.max().unwrap_or(ServerStatus::Disconnected);
+        let status = match awake.max().unwrap_or(ServerStatus::Disconnected) {
+            // It takes calls from the first moment on.
+            ServerStatus::Connecting | ServerStatus::Disconnected if self.is_builtin() => {
+                ServerStatus::Connected
+            }
+            status => status,
+        };
         let (tools, listed) = {
             let listing = lock(&self.listing);
             (listing.tools.clone(), listing.listed)
@@ -404,6 +427,10 @@ impl Entry {
     /// Keeps a listing, so that it can be shown when nothing runs. What everybody sees is the listing
     /// of the shared server, or of the first user who is connected here, as it is now.
     fn listed(self: &Arc<Self>, user: Option<&UserId>, tools: &RawJson, host: &Arc<Host>) {
+        if self.is_builtin() {
+            // They were known before, and every worker has its own: with a search engine or without.
+            return;
+        }
         let mut keep = Vec::new();
         {
             let mut listing = lock(&self.listing);

@@ -10,6 +10,7 @@ use std::{
 use async_trait::async_trait;
 use mcp_shared::{
     audit::Audit,
+    builtin,
     config::{LimitSettings, PackageSettings, RemoteSettings},
     error::{ErrorCode, Outcome, WorkerError},
     fleet::{Fleet, NodeReport, NodeView, Role},
@@ -82,15 +83,25 @@ impl Worker {
         let servers = vault.servers().await?;
         let mut listings = stored_listings(&vault).await?;
         let host = Arc::new(Host::new(vault, executable, boot, packages, remote, limits, audit));
-        let entries: HashMap<_, _> = servers
+        let mut entries: HashMap<_, _> = servers
             .into_iter()
             .map(|server| {
                 let tools = listings.remove(&server.value.name);
                 (server.value.name.clone(), Entry::new(server.value, tools))
             })
             .collect();
-        if boot == Boot::Everything {
-            for entry in entries.values() {
+        for record in builtin::records() {
+            let name = record.name.clone();
+            if entries.insert(name.clone(), Entry::builtin(record, host.web_tools.tools())).is_some() {
+                tracing::warn!(
+                    server = %name,
+                    "a server is stored under the name of a built-in one; it is kept, and not used"
+                );
+            }
+        }
+        for entry in entries.values() {
+            // What is part of the program runs in every worker of a fleet.
+            if boot == Boot::Everything || entry.is_builtin() {
                 entry.want_running(&host);
             }
         }
@@ -446,6 +457,9 @@ impl WorkerApi for Worker {
 
 /// Brings what runs of a server in line with what is stored of it now.
 async fn bring_in_line(host: &Arc<Host>, entries: &Entries, server: &ServerName) -> Result<(), WorkerError> {
+    if builtin::is_builtin(server) {
+        return Ok(());
+    }
     loop {
         let known = entries.read().unwrap_or_else(PoisonError::into_inner).get(server).cloned();
         let entry = match known {

@@ -6,7 +6,6 @@ use axum::{body::Body, extract::State, response::Response};
 use http::{HeaderMap, StatusCode};
 use mcp_shared::{
     audit::{Action, Object},
-    error::WorkerError,
     ids::{ServerName, UserId},
     limits,
     remote::{OAuthTokens, RemoteAnswer, RemoteAsk},
@@ -115,7 +114,7 @@ impl App {
 
 /// The record of a remote server, which users log in to.
 async fn remote(app: &App, name: &ServerName) -> Result<ServerRecord, Problem> {
-    let server = app.vault.server(name).await?.ok_or_else(|| WorkerError::server_not_found(name))?.value;
+    let server = app.server(name).await?;
     if server.is_remote() {
         return Ok(server);
     }

@@ -6,6 +6,7 @@ use axum::{body::Body, extract::State, response::Response};
 use http::{HeaderMap, StatusCode};
 use mcp_shared::{
     audit::{Action, Object},
+    builtin,
     error::{ErrorCode, WorkerError},
     ids::{SecretName, ServerName},
     limits,
@@ -39,6 +40,12 @@ pub async fn set(
     }
     let (server, name) = app.target(&fields).await?;
     caller.at(&server)?;
+    if builtin::is_builtin(&server) {
+        let text = format!("{server} is a built-in server, which takes no secrets");
+        return Err(WorkerError::new(ErrorCode::BuiltinServer, text)
+            .with("serverName", server.as_str())
+            .into());
+    }
     let object = Object::server(&server).with_secret(&name);
     let recorded = caller.record_for(&app, Action::SecretSet, object, &user).await?;
     let change = Change::Secret { user: user.clone(), server: server.clone(), name: name.clone() };

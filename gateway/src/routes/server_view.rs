@@ -2,6 +2,7 @@
 
 use bytes::Bytes;
 use mcp_shared::{
+    builtin,
     error::WorkerError,
     json::RawJson,
     listing::{ToolPins, tame, tame_name},
@@ -127,6 +128,12 @@ pub fn view<'a>(
         "instances".to_owned(),
         json!(report.map(|report| report.instances.as_slice()).unwrap_or_default()),
     );
+    if builtin::is_builtin(&record.name) {
+        // Nobody registered it.
+        for name in ["_id", "createdAt", "updatedAt", "trustAnnotations"] {
+            fields.remove(name);
+        }
+    }
     if detail == Detail::Full {
         for name in NULLABLE {
             fields.entry(name).or_insert(Value::Null);

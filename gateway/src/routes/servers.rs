@@ -6,6 +6,7 @@ use axum::{body::Body, extract::State, response::Response};
 use http::{HeaderMap, StatusCode};
 use mcp_shared::{
     audit::{Action, Object, Recorded},
+    builtin,
     error::{ErrorCode, WorkerError, shorten},
     ids::{ServerName, UserId},
     limits,
@@ -32,19 +33,17 @@ use crate::{
     },
 };
 
-/// Names that belong to servers inside the program.
-const BUILTIN: [&str; 1] = ["webtools"];
 /// How often a change is tried again when somebody else changes the same record.
 const ATTEMPTS: usize = 5;
 
 /// `GET /mcp/servers`.
 pub async fn list(State(app): State<Arc<App>>, caller: Caller) -> Result<Response, Problem> {
-    let (servers, reports) = tokio::join!(app.vault.servers(), app.reports());
+    let (servers, reports) = tokio::join!(app.servers(), app.reports());
     let (servers, reports) = (servers?, reports?);
     let views = servers
         .iter()
-        .filter(|server| caller.reach.has_server(&server.value.name))
-        .map(|server| view(&server.value, reports.get(&server.value.name), Detail::Summary, caller.viewer()))
+        .filter(|server| caller.reach.has_server(&server.name))
+        .map(|server| view(server, reports.get(&server.name), Detail::Summary, caller.viewer()))
         .collect::<Result<Vec<_>, _>>()?;
     Ok(json_bytes(StatusCode::OK, document("servers", &views)?))
 }
@@ -56,8 +55,8 @@ pub async fn get(
     Server(name): Server,
 ) -> Result<Response, Problem> {
     caller.at(&name)?;
-    let server = app.vault.server(&name).await?.ok_or_else(|| WorkerError::server_not_found(&name))?;
-    app.answer(&server.value, None, Detail::Full, caller.viewer()).await
+    let server = app.server(&name).await?;
+    app.answer(&server, None, Detail::Full, caller.viewer()).await
 }
 
 /// `POST /mcp/servers`: registers a server, starts it and waits until it listed its tools or failed. A
@@ -155,8 +154,7 @@ pub async fn delete_impact(
     Server(name): Server,
 ) -> Result<Response, Problem> {
     caller.at(&name)?;
-    let server = app.vault.server(&name).await?.ok_or_else(|| WorkerError::server_not_found(&name))?;
-    let record = server.value;
+    let record = app.server(&name).await?;
     let report = app.worker.report(&name).await?;
     let mut users: BTreeSet<_> =
         report.instances.into_iter().filter_map(|instance| instance.username).collect();
@@ -419,9 +417,9 @@ async fn switch_package(vault: &Vault, server: &ServerRecord) {
     }
 }
 
-/// Refuses the names of servers inside the program.
+/// Refuses the names of servers that are part of the program.
 pub fn not_builtin(name: &ServerName) -> Result<(), Problem> {
-    if BUILTIN.iter().any(|builtin| name.as_str().eq_ignore_ascii_case(builtin)) {
+    if builtin::is_reserved(name) {
         let text = format!("{name} is the name of a built-in server, which cannot be changed or deleted");
         return Err(WorkerError::new(ErrorCode::BuiltinServer, text)
             .with("serverName", name.as_str())

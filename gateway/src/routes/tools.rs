@@ -142,19 +142,18 @@ fn read_call(caller: &Caller, headers: &HeaderMap, body: &Bytes) -> Result<(Call
 
 /// `GET /mcp/tools`: the tools of all enabled servers, also of those that do not run right now.
 pub async fn list(State(app): State<Arc<App>>, caller: Caller) -> Result<Response, Problem> {
-    let (servers, reports) = tokio::join!(app.vault.servers(), app.reports());
+    let (servers, reports) = tokio::join!(app.servers(), app.reports());
     let (servers, reports) = (servers?, reports?);
     let mut out = b"{\"success\":true,\"tools\":[".to_vec();
-    let seen =
-        servers.iter().filter(|server| server.value.enabled && caller.reach.has_server(&server.value.name));
+    let seen = servers.iter().filter(|server| server.enabled && caller.reach.has_server(&server.name));
     for (at, server) in seen.enumerate() {
         if at > 0 {
             out.push(b',');
         }
         out.push(b'{');
-        serde_json::to_writer(&mut out, &server.value.name).map_err(WorkerError::internal)?;
+        serde_json::to_writer(&mut out, &server.name).map_err(WorkerError::internal)?;
         out.push(b':');
-        match reports.get(&server.value.name).and_then(|report| report.tools.as_ref()) {
+        match reports.get(&server.name).and_then(|report| report.tools.as_ref()) {
             Some(tools) => out.extend_from_slice(tame(tools).as_bytes()),
             None => out.extend_from_slice(b"[]"),
         }

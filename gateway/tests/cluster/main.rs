@@ -86,6 +86,8 @@ mod stored;
 mod tokens;
 #[path = "../it/traces.rs"]
 mod traces;
+#[path = "../it/webtools.rs"]
+mod webtools;
 
 mod bad_inputs_fleet;
 mod bodies;

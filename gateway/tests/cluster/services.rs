@@ -35,6 +35,13 @@ async fn one_request_calls_a_tool() {
     let by_http = api.call("everything", "echo", json!({"text": "hi"})).await.ok().json();
     assert_eq!(reply, by_http, "the reply is the document that HTTP answers");
 
+    // What is part of the program is called like any other.
+    let body = r#"{"tool":"get_url_content","args":{"url":"http://169.254.169.254/"}}"#;
+    let reply = request(&client, call("webtools", "default"), body).await;
+    let by_http = api.call("webtools", "get_url_content", json!({"url": "http://169.254.169.254/"})).await;
+    assert_eq!(reply, by_http.ok().json());
+    assert_eq!(reply["data"]["isError"], true, "{reply}");
+
     // A name that is no safe token is a hash, and stands in the request.
     let token = mcp_nats::subjects::token("anna@example.org");
     let body = r#"{"tool":"args","user":"anna@example.org"}"#;

@@ -37,6 +37,40 @@ async fn the_longest_server_name_before_a_dot_is_meant() {
 }
 
 #[tokio::test]
+async fn a_stored_server_with_the_name_of_a_built_in_one_is_kept_and_not_used() {
+    let api = Deployment::start().await;
+    api.add_fixture("echo", &[], json!({})).await;
+    let data = api.data();
+    api.stop().await;
+    database(&data)
+        .execute(
+            "INSERT INTO servers (name, case_key, revision, document) \
+             SELECT 'webtools', 'webtools', 1, json_set(document, '$.name', 'webtools', '$.description', 'old') \
+             FROM servers",
+            [],
+        )
+        .unwrap();
+    let api = Deployment::builder().data(&data).start().await;
+    api.logged("a server is stored under the name of a built-in one").await;
+    let own = api.server("webtools").await;
+    assert_eq!((&own["command"], &own["status"]), (&json!("built-in"), &json!("connected")));
+    let listed = api.get("/mcp/servers").await.ok().json()["servers"].clone();
+    assert_eq!(listed.as_array().unwrap().len(), 2, "{listed}");
+    let answer = api.call("webtools", "echo", json!({"text": "hi"})).await;
+    assert_eq!(answer.tool_text(), "Unknown tool: echo");
+    api.delete("/mcp/servers/webtools").await.fails(403, "builtin_server");
+    api.stop().await;
+    let kept: i64 = database(&data)
+        .query_row(
+            "SELECT count(*) FROM servers WHERE name = 'webtools' AND document LIKE '%old%'",
+            [],
+            |row| row.get(0),
+        )
+        .unwrap();
+    assert_eq!(kept, 1);
+}
+
+#[tokio::test]
 async fn key_and_folder_belong_to_their_owner_alone() {
     let api = Deployment::start().await;
     api.add_fixture("echo", &[], json!({})).await;
@@ -96,7 +130,7 @@ async fn values_that_were_moved_in_the_database_are_not_used() {
     assert_eq!(arguments(&api, "alice", "other", json!({})).await, json!({}));
     api.get("/mcp/servers/variables").await.fails(500, "secret_integrity");
     let servers = api.get("/mcp/servers").await.ok().json();
-    assert_eq!(servers["servers"].as_array().unwrap().len(), 2, "the others are still listed");
+    assert_eq!(servers["servers"].as_array().unwrap().len(), 3, "the others are still listed");
     // Setting the secret again mends it.
     api.set_secret("alice", "echo", "K", "mended").await.ok();
     assert_eq!(arguments(&api, "alice", "echo", json!({})).await, json!({"K": "mended"}));

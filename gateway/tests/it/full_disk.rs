@@ -104,7 +104,7 @@ async fn a_full_disk_refuses_writes_and_nothing_else() {
             .fails(507, "storage_full");
         api.get(&format!("/mcp/servers/new-{round}")).await.fails(404, "server_not_found");
         // Reads and calls do not care, and a process that died is started again.
-        assert_eq!(api.get("/mcp/servers").await.ok().json()["servers"].as_array().unwrap().len(), 1 + round);
+        assert_eq!(api.get("/mcp/servers").await.ok().json()["servers"].as_array().unwrap().len(), 2 + round);
         assert_eq!(arguments(&api).await["KEPT"], if round == 0 { "before" } else { "after" });
         let pid = api.pids("echo").await[0];
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL).unwrap();
@@ -125,7 +125,7 @@ async fn a_full_disk_refuses_writes_and_nothing_else() {
     disk.free();
     let api = builder().start().await;
     assert_eq!(arguments(&api).await["KEPT"], "after");
-    assert_eq!(api.get("/mcp/servers").await.ok().json()["servers"].as_array().unwrap().len(), 4);
+    assert_eq!(api.get("/mcp/servers").await.ok().json()["servers"].as_array().unwrap().len(), 5);
     assert!(api.stop().await.success());
 }
 
@@ -190,7 +190,7 @@ async fn a_damaged_file_is_refused_with_a_way_out_and_left_as_it_is() {
     // A backup is a way out.
     fs::write(&file, &sound).unwrap();
     let api = Deployment::builder().data(&data).start().await;
-    assert_eq!(api.get("/mcp/servers").await.ok().json()["servers"].as_array().unwrap().len(), 40);
+    assert_eq!(api.get("/mcp/servers").await.ok().json()["servers"].as_array().unwrap().len(), 41);
     api.register_fixture("last", &[], json!({"enabled": false})).await.ok();
     api.kill().await;
     emptied(&data, &file).await;

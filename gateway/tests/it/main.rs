@@ -54,6 +54,8 @@ mod smoke;
 mod stored;
 mod tokens;
 mod traces;
+mod webtools;
+mod webtools_pages;
 
 use fixture::FIXTURE;
 

@@ -53,7 +53,7 @@ async fn refused_everywhere(api: &Deployment, more: &Value, code: &str, words: &
         assert!(!answer.text.contains(CANARY), "{}", answer.text);
     }
     assert_eq!(api.server("good").await, before);
-    assert_eq!(api.get("/mcp/servers").await.ok().json()["servers"].as_array().unwrap().len(), 1);
+    assert_eq!(api.get("/mcp/servers").await.ok().json()["servers"].as_array().unwrap().len(), 2);
     assert_eq!(api.get("/packages/jobs").await.ok().json()["jobs"], json!([]));
 }
 

@@ -6,7 +6,7 @@ use secrecy::SecretString;
 use serde_json::Value;
 use url::Url;
 
-use super::{Reader, parse};
+use super::{Reader, WebToolSettings, parse};
 use crate::egress::{Egress, Permit};
 
 /// Where requests may go that users can steer, and how users log in to remote servers.
@@ -18,6 +18,8 @@ pub struct RemoteSettings {
     pub public_url: Option<Url>,
     /// The application's credentials for the Google flow.
     pub google: Option<GoogleCredentials>,
+    /// What the built-in tools for the web work with.
+    pub web_tools: WebToolSettings,
 }
 
 /// What Google's console gives for an application, as one JSON object. It is never printed.
@@ -70,6 +72,7 @@ impl Reader {
             egress: Egress::new(self.optional("EGRESS_ALLOW", permits).unwrap_or_default()),
             public_url: self.optional("PUBLIC_URL", public_url),
             google: self.optional("GOOGLE_OAUTH_CREDENTIALS", google),
+            web_tools: self.web_tools(),
         }
     }
 }

@@ -433,8 +433,40 @@ pub const VARIABLES: &[Variable] = &[
         "SEARXNG_URL",
         "",
         Group::Packages,
-        Since::Later,
-        "SearXNG instance URL for the built-in web search tool.",
+        Since::Now,
+        "SearXNG instance URL for the built-in web search tool, which has to answer with JSON (search.formats in its \
+         settings). It is the operator's own, so it may be a private address. Unset: there is no such tool.",
+    ),
+    plain(
+        "CHROMIUM",
+        "auto",
+        Group::Packages,
+        Since::Now,
+        "The Chromium that renders pages for the built-in get_url_content, by its path; auto looks for one on the PATH; \
+         none fetches pages without a browser.",
+    ),
+    plain(
+        "CHROMIUM_SANDBOX",
+        "auto",
+        Group::Packages,
+        Since::Now,
+        "Whether Chromium keeps pages in its sandbox: auto leaves it out for root, who cannot have it; always renders \
+         nothing without it; never leaves it out, for containers that are a sandbox themselves.",
+    ),
+    plain(
+        "CHROMIUM_MAX_MEMORY",
+        "1gb",
+        Group::Packages,
+        Since::Now,
+        "Memory that Chromium's processes may take together, less what they share, from 256mb: beyond that the largest \
+         page ends.",
+    ),
+    plain(
+        "WEBTOOLS_PAGES",
+        "4",
+        Group::Packages,
+        Since::Now,
+        "Pages that get_url_content reads at once on one worker; more of them wait.",
     ),
     plain(
         "PYTHON_BIN",

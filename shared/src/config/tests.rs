@@ -89,7 +89,11 @@ fn every_value_is_read() {
         ("PYTHON_VENV_DIR", "/srv/venvs"),
         ("PIP_INDEX_URL", "https://user:canary@pypi.example.org/simple"),
         ("PIP_EXTRA_INDEX_URL", "http://10.0.0.7/simple"),
-        ("SEARXNG_URL", "https://search.example"),
+        ("SEARXNG_URL", "https://search.example/a/"),
+        ("CHROMIUM", "/opt/chrome"),
+        ("CHROMIUM_SANDBOX", "Always"),
+        ("CHROMIUM_MAX_MEMORY", "512mb"),
+        ("WEBTOOLS_PAGES", "2"),
         ("GOOGLE_OAUTH_CREDENTIALS", r#"{"web":{"client_secret":"canary"}}"#),
         ("EGRESS_ALLOW", "10.0.0.0/8, db.internal,*.corp.example,,[::1]"),
         ("PUBLIC_URL", "https://mcp.example.com:8443"),
@@ -132,9 +136,12 @@ fn every_value_is_read() {
     assert!(matches!(settings.legacy, Some(LegacyMode::Ro)));
     assert_eq!(settings.log_format, LogFormat::Json);
     assert_eq!(settings.log_filter.as_deref(), Some("warn,mcp_gateway=trace"));
-    let later: Vec<_> = settings.later.iter().map(|(name, value)| (*name, value.as_str())).collect();
-    assert_eq!(later, [("SEARXNG_URL", "https://search.example")]);
+    assert!(settings.later.is_empty());
     let remote = &settings.remote;
+    let web = &remote.web_tools;
+    assert_eq!(web.searxng.as_ref().unwrap().search().as_str(), "https://search.example/a/search");
+    assert_eq!((&web.browser, web.sandbox), (&BrowserChoice::Program("/opt/chrome".into()), Sandbox::Always));
+    assert_eq!((web.pages, web.memory), (2, 512 << 20));
     for url in ["http://10.1.2.3", "http://db.internal", "http://a.corp.example", "http://[::1]"] {
         assert!(remote.egress.check(url).is_ok(), "{url}");
     }
@@ -343,7 +350,7 @@ fn values_of_a_file_are_what_they_look_like() {
     assert_eq!(settings.secrets_key.as_ref().map(ExposeSecret::expose_secret), Some("p\"a$s#s \\ "));
     assert_eq!(settings.remote.google.as_ref().unwrap().json().expose_secret(), json);
     assert_eq!(settings.data_dir, Path::new("/a b"));
-    assert!(!settings.later.contains_key("SEARXNG_URL"));
+    assert!(settings.remote.web_tools.searxng.is_none());
 }
 
 #[test]

@@ -173,6 +173,8 @@ metrics! {
     StageDuration = "mcp_call_stage_duration", Histogram, SECONDS, [label::<Stage>("stage"), label::<Carrier>("transport")], Workers, "Time of a call in each of its stages; one that comes to nothing in a stage has its time there, too";
     Replayed = "mcp_calls_replayed", Counter, NONE, [], Workers, "Calls that were answered with what came of them when they were made for the first time (`Idempotency-Key`)";
     CancelsIgnored = "mcp_cancels_ignored", Counter, NONE, [], Workers, "Calls that were cancelled and that the server did not give up in time";
+    BrowserStarts = "mcp_browser_starts", Counter, NONE, [], Workers, "Starts of the browser that renders pages for the built-in get_url_content";
+    BrowserPages = "mcp_browser_pages", Gauge, NONE, [], Workers, "Pages that it has open";
     SecretReads = "mcp_secret_reads", Counter, NONE, [label::<SecretSource>("source")], Workers, "Looks at a user's secrets for a server, by where they came from";
     TokenRefreshes = "mcp_token_refreshes", Counter, NONE, [label::<Refreshed>("result")], Workers, "Refreshes of users' tokens for remote servers";
     Servers = "mcp_servers", Gauge, NONE, [label::<Status>("status")], Workers, "Servers that are registered, by what they do at this worker";

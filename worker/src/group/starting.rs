@@ -4,6 +4,7 @@
 use std::{sync::Arc, time::Duration};
 
 use mcp_shared::{
+    builtin,
     error::{ErrorCode, Outcome, WorkerError},
     limits,
     metrics::{Carrier, Gone, Started},
@@ -188,6 +189,10 @@ impl Group {
     }
 
     async fn start_counted(&self, record: &Arc<ServerRecord>) -> Result<Arc<Instance>, Trouble> {
+        if builtin::is_builtin(&record.name) {
+            // Neither a process nor a connection to anywhere.
+            return self.start_one(record).await;
+        }
         let carrier = Carrier::of(record.is_remote());
         let timer = meters::start(carrier);
         let started = self.start_one(record).await;
@@ -203,6 +208,10 @@ impl Group {
 
     async fn start_one(&self, record: &Arc<ServerRecord>) -> Result<Arc<Instance>, Trouble> {
         let failed = |text, missing| Trouble { text, at_start: true, missing, error: None };
+        if builtin::is_builtin(&record.name) {
+            let opened = crate::builtin::open(&self.host, &self.log).await;
+            return opened.map_err(|text| failed(text, Vec::new()));
+        }
         let Transport::Stdio { command, args, env } = &record.transport else {
             return self.connect_one(record).await;
         };

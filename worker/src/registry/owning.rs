@@ -121,6 +121,9 @@ impl Entry {
     /// Stops the server that all users share unless something still uses it here; says whether it does,
     /// without waiting for the end of the processes.
     pub async fn give_up(self: &Arc<Self>, host: &Arc<Host>) -> bool {
+        if self.is_builtin() {
+            return false;
+        }
         let (sender, given_up) = oneshot::channel();
         let (entry, means) = (Arc::clone(self), Arc::clone(host));
         host.tasks.spawn(async move {
@@ -194,7 +197,7 @@ impl Entry {
 
     /// Takes the listing that the store has, unless this worker made a newer one.
     pub fn set_stored_tools(&self, tools: RawJson) {
-        if self.load().is_none() {
+        if self.load().is_none() && !self.is_builtin() {
             let mut listing = lock(&self.listing);
             listing.repeatable = Repeatable::of(Some(&tools));
             listing.tools = Some(tools);

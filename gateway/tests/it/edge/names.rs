@@ -152,7 +152,7 @@ async fn names_of_new_servers_are_checked() {
         api.register_fixture(name, &[], disabled.clone()).await.ok();
         api.delete(&format!("/mcp/servers/{name}")).await.ok();
     }
-    assert_eq!(api.get("/mcp/servers").await.ok().json()["servers"].as_array().unwrap().len(), 1);
+    assert_eq!(api.get("/mcp/servers").await.ok().json()["servers"].as_array().unwrap().len(), 2);
     unharmed(&api).await;
 }
 
