@@ -101,8 +101,8 @@ async fn services(settings: &Settings) -> Vec<Finding> {
         })
     };
     let search = async {
-        let url = settings.shown("SEARXNG_URL")?;
-        Some(match asked(&client, url).await {
+        let url = settings.remote.web_tools.searxng.as_ref()?.base();
+        Some(match asked(&client, url.as_str()).await {
             Ok(status) if status < 400 => Finding::ok(Area::Reach, "SEARXNG_URL", "answers"),
             answer => Finding::warning(
                 Area::Reach,

@@ -15,7 +15,7 @@ use crate::{
     transport::stdio,
 };
 
-mod browser;
+pub(crate) mod browser;
 mod cdp;
 mod content;
 pub mod convert;

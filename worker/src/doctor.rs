@@ -54,7 +54,7 @@ pub async fn look(settings: &Settings, role: Role, how: DoctorArguments) -> Vec<
     };
     let runtimes = async {
         if runs_servers {
-            limited(Area::Runtimes, "runtimes", runtimes::look(&settings.packages, how.network)).await
+            limited(Area::Runtimes, "runtimes", runtimes::look(settings, how.network)).await
         } else {
             Vec::new()
         }

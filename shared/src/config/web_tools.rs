@@ -38,6 +38,11 @@ impl Default for WebToolSettings {
 pub struct SearxngUrl(Url);
 
 impl SearxngUrl {
+    /// As it was given.
+    pub fn base(&self) -> &Url {
+        &self.0
+    }
+
     /// The address to search at.
     pub fn search(&self) -> Url {
         let mut url = self.0.clone();

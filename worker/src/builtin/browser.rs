@@ -194,8 +194,8 @@ impl Browsers {
             // It ends when its last page is closed.
             tracing::debug!("a browser had many pages: there will be a new one");
         }
-        let program = self.program()?;
-        let sandboxed = self.sandboxed()?;
+        let program = program(&self.settings.browser)?;
+        let sandboxed = sandboxed(self.settings.sandbox)?;
         if let Some((until, why)) = &current.failed
             && Instant::now() < *until
         {
@@ -214,28 +214,6 @@ impl Browsers {
                 current.failed = Some((Instant::now() + limits::BROWSER_PAUSE, why.clone()));
                 Err(why)
             }
-        }
-    }
-
-    fn program(&self) -> Result<PathBuf, String> {
-        match &self.settings.browser {
-            BrowserChoice::Program(path) => Ok(path.clone()),
-            BrowserChoice::Never => Err("none is to be used here".to_owned()),
-            BrowserChoice::Found => {
-                let path = std::env::var_os("PATH").unwrap_or_default();
-                let found = std::env::split_paths(&path)
-                    .flat_map(|folder| NAMES.map(|name| folder.join(name)))
-                    .find(|file| is_executable(file));
-                found.ok_or_else(|| "none is installed".to_owned())
-            }
-        }
-    }
-
-    fn sandboxed(&self) -> Result<bool, String> {
-        match (self.settings.sandbox, geteuid().is_root()) {
-            (Sandbox::Never, _) | (Sandbox::WherePossible, true) => Ok(false),
-            (Sandbox::WherePossible | Sandbox::Always, false) => Ok(true),
-            (Sandbox::Always, true) => Err("it has no sandbox when root runs it".to_owned()),
         }
     }
 
@@ -292,6 +270,30 @@ impl Browsers {
         }
         self.tasks.spawn(limit_memory(Arc::clone(&browser), self.settings.memory));
         Ok(browser)
+    }
+}
+
+/// Where the browser is. The error says, after "because", why there is none.
+pub fn program(choice: &BrowserChoice) -> Result<PathBuf, String> {
+    match choice {
+        BrowserChoice::Program(path) => Ok(path.clone()),
+        BrowserChoice::Never => Err("none is to be used here".to_owned()),
+        BrowserChoice::Found => {
+            let path = std::env::var_os("PATH").unwrap_or_default();
+            let found = std::env::split_paths(&path)
+                .flat_map(|folder| NAMES.map(|name| folder.join(name)))
+                .find(|file| is_executable(file));
+            found.ok_or_else(|| "none is installed".to_owned())
+        }
+    }
+}
+
+/// Whether it has its sandbox; the error says why it must not be started.
+pub fn sandboxed(wanted: Sandbox) -> Result<bool, String> {
+    match (wanted, geteuid().is_root()) {
+        (Sandbox::Never, _) | (Sandbox::WherePossible, true) => Ok(false),
+        (Sandbox::WherePossible | Sandbox::Always, false) => Ok(true),
+        (Sandbox::Always, true) => Err("it has no sandbox when root runs it".to_owned()),
     }
 }
 

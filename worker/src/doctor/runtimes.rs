@@ -9,7 +9,7 @@ use std::{
 };
 
 use mcp_shared::{
-    config::PackageSettings,
+    config::{BrowserChoice, Settings, WebToolSettings},
     doctor::{Area, Finding},
     error::shorten,
 };
@@ -18,7 +18,7 @@ use nix::{
     unistd::Pid,
 };
 
-use crate::packages::managers::passed_on;
+use crate::{builtin::browser, packages::managers::passed_on};
 
 /// How long a program may take to say its version.
 const PATIENCE: Duration = Duration::from_secs(4);
@@ -37,8 +37,9 @@ const PYTHON: u64 = 9;
 const PROBE: &str = "import sys, venv, ensurepip; print('%d.%d.%d' % sys.version_info[:3])";
 
 /// Looks for them all, side by side.
-pub async fn look(settings: &PackageSettings, network: bool) -> Vec<Finding> {
-    let python = settings.python_bin.clone().unwrap_or_else(|| "python3".into());
+pub async fn look(settings: &Settings, network: bool) -> Vec<Finding> {
+    let web_tools = settings.remote.web_tools.clone();
+    let python = settings.packages.python_bin.clone().unwrap_or_else(|| "python3".into());
     let mut looks = vec![
         tokio::task::spawn_blocking(node),
         tokio::task::spawn_blocking(npm),
@@ -47,7 +48,7 @@ pub async fn look(settings: &PackageSettings, network: bool) -> Vec<Finding> {
             move || self::python(&python)
         }),
         tokio::task::spawn_blocking(uv),
-        tokio::task::spawn_blocking(chromium),
+        tokio::task::spawn_blocking(move || chromium(&web_tools)),
     ];
     if network {
         looks.push(tokio::task::spawn_blocking(npm_registry));
@@ -107,14 +108,34 @@ fn uv() -> Finding {
     }
 }
 
-fn chromium() -> Finding {
-    let names = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"];
-    let found = names.iter().find_map(|name| ask(name.as_ref(), &["--version"], PATIENCE).ok());
-    Finding::ok(
-        Area::Runtimes,
-        "chromium",
-        found.unwrap_or_else(|| "not found; pages are not rendered".to_owned()),
-    )
+/// What renders pages for the built-in tools. They do without it, and say so.
+fn chromium(settings: &WebToolSettings) -> Finding {
+    let program = match browser::program(&settings.browser) {
+        Ok(program) => program,
+        Err(why) => return Finding::ok(Area::Runtimes, "chromium", format!("{why}; pages are not rendered")),
+    };
+    let sandboxed = browser::sandboxed(settings.sandbox);
+    match (ask(&program, &["--version"], PATIENCE), sandboxed) {
+        (Ok(version), Ok(true)) => Finding::ok(Area::Runtimes, "chromium", version),
+        (Ok(version), Ok(false)) => {
+            Finding::ok(Area::Runtimes, "chromium", format!("{version}, without its sandbox"))
+        }
+        (Ok(_), Err(why)) => Finding::warning(
+            Area::Runtimes,
+            "chromium",
+            format!("{why}; pages are not rendered"),
+            "run this program as another user, or set CHROMIUM_SANDBOX=auto",
+        ),
+        (Err(why), _) if settings.browser == BrowserChoice::Found => {
+            Finding::ok(Area::Runtimes, "chromium", format!("{why}; pages are not rendered"))
+        }
+        (Err(why), _) => Finding::warning(
+            Area::Runtimes,
+            "chromium",
+            format!("{why}; pages are not rendered"),
+            "correct CHROMIUM",
+        ),
+    }
 }
 
 fn npm_registry() -> Finding {
