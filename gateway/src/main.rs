@@ -36,6 +36,7 @@ use clap::{Parser, Subcommand};
 use mcp_shared::{
     audit::Audit,
     config::{self, Auth, Settings},
+    healthcheck,
     lifecycle::{self, EX_CONFIG, EX_TEMPFAIL, Hangups, complain},
     metrics::Exposition,
     node::{self, NodeError},
@@ -85,6 +86,12 @@ enum Command {
     Routes,
     /// Print the effective settings, and whether store, bus, key and data folder can be used.
     Check,
+    /// Ask the program that runs here with these settings whether it lives (exit status 0).
+    Healthcheck {
+        /// Whether it can serve, too.
+        #[arg(long)]
+        ready: bool,
+    },
     /// Make keys for logging in to NATS: a file with the seed for each name, and the public keys as
     /// nats/nats-server.conf expects them.
     Nkeys {
@@ -127,6 +134,9 @@ fn main() -> ExitCode {
         Some(Command::ApiKeys(command)) => api_keys_command::run(settings, command).await,
         Some(Command::Routes) => routes_command(),
         Some(Command::Check) => check::run(settings).await,
+        Some(Command::Healthcheck { ready }) => {
+            healthcheck::ask(&settings.host, settings.port, settings.http.tls.is_some(), ready).await
+        }
         Some(Command::Keys(command)) => keys::run(settings, command).await,
         Some(Command::Audit { command: AuditCommand::Verify { files } }) => verify::run(settings, &files),
         Some(Command::Serve | Command::Nkeys { .. }) | None => run(settings).await,

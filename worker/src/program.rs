@@ -7,6 +7,7 @@ use mcp_shared::{
     audit::Audit,
     check,
     config::{self, BusSettings, Settings},
+    healthcheck,
     lifecycle::{self, EX_CONFIG, EX_TEMPFAIL, Hangups, complain},
     node::{self, NodeError},
     trace::{self, Traces},
@@ -45,6 +46,12 @@ enum Command {
     Serve,
     /// Print the effective settings, and whether store, bus and key can be used.
     Check,
+    /// Ask the worker that runs here with these settings whether it lives (exit status 0).
+    Healthcheck {
+        /// Whether it can take calls, too.
+        #[arg(long)]
+        ready: bool,
+    },
 }
 
 /// What every program with a worker in it does before anything else: it keeps its memory to itself, and
@@ -73,6 +80,9 @@ pub fn main() -> ExitCode {
         };
         match arguments.command {
             Some(Command::Check) => look(settings, bus).await,
+            Some(Command::Healthcheck { ready }) => {
+                healthcheck::ask(&settings.worker_host, settings.worker_port, false, ready).await
+            }
             Some(Command::Serve) | None => serve(settings, bus).await,
         }
     })
