@@ -42,7 +42,7 @@ pub use packages::{InstallOnStart, PackageSettings};
 pub use parse::ListenHost;
 pub use remote::{GoogleCredentials, RemoteSettings};
 pub use table::VARIABLES;
-pub use variables::{Group, Since, Variable, find, help_text, markdown_table};
+pub use variables::{Group, Since, Variable, dotenv_example, find, help_text, markdown_table};
 
 /// The file that is read when it exists and no other is named.
 pub const DEFAULT_ENV_FILE: &str = ".env";
