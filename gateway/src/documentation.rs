@@ -1,14 +1,22 @@
 //! The tables of the README are made from the code, and this is what makes and checks them. The fault matrix is
 //! written by hand, as are the threats, and this is what keeps them from naming tests that are gone.
 
-use std::{fmt::Write, path::Path};
+use std::{collections::BTreeSet, fmt::Write, path::Path};
 
-use mcp_shared::{audit::Action, config, error::ErrorCode, limits, metrics, trace::Key};
+use mcp_shared::{
+    audit::Action,
+    config::{self, Settings, VARIABLES},
+    error::ErrorCode,
+    limits, metrics,
+    trace::Key,
+};
 
 use crate::problem::status;
 
 const README: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../README.md");
 const FAULTS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/FAULTS.md");
+const ENV_EXAMPLE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../compose/.env.example");
+const COMPOSE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../compose/compose.yaml");
 const SECURITY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../SECURITY.md");
 /// Threats, and weaknesses of mcp-api, that must have a row.
 const THREATS: usize = 38;
@@ -34,6 +42,80 @@ fn the_readme_has_the_tables_of_this_version() {
     } else {
         assert_eq!(old, new, "the tables are out of date; CONTRIBUTING.md says how to make them anew");
     }
+}
+
+/// The example of a `.env` file has every setting, with what holds where it is not set.
+#[test]
+fn the_example_of_settings_is_that_of_this_version() {
+    let old = std::fs::read_to_string(ENV_EXAMPLE).unwrap();
+    let (begin, end) = ("# <settings>\n\n", "# </settings>");
+    let (before, rest) = old.split_once(begin).unwrap();
+    let (_, after) = rest.split_once(end).unwrap();
+    let new = format!("{before}{begin}{}{end}{after}", config::dotenv_example());
+    if std::env::var_os("UPDATE_DOCS").is_some() {
+        std::fs::write(ENV_EXAMPLE, &new).unwrap();
+    } else {
+        assert_eq!(old, new, "it is out of date; CONTRIBUTING.md says how to make it anew");
+    }
+    // Read as the programs read it, with every line in force: nothing is unknown, and nothing changes.
+    let (_, rest) = new.split_once(begin).unwrap();
+    let (settings, _) = rest.split_once(end).unwrap();
+    let lines: Vec<_> = settings.lines().filter_map(assignment).collect();
+    let names: Vec<_> = lines.iter().map(|(name, _)| *name).collect();
+    let (named, known): (BTreeSet<_>, BTreeSet<_>) =
+        (names.iter().copied().collect(), VARIABLES.iter().map(|variable| variable.name).collect());
+    assert_eq!(named, known, "each setting has a line");
+    assert_eq!(names.len(), named.len(), "and no more than one");
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join(".env");
+    let text: String = lines.iter().map(|(name, value)| format!("{name}={value}\n")).collect();
+    std::fs::write(&file, text).unwrap();
+    let read = Settings::load(std::iter::empty(), Some(&file)).unwrap_or_else(|errors| panic!("{errors}"));
+    let unset = Settings::load(std::iter::empty(), None).unwrap();
+    // Of credentials it is shown only that there is one.
+    let values = |settings: &Settings| -> Vec<_> {
+        let shown = settings.effective().into_iter().map(|(name, value, _)| (name, value));
+        shown.filter(|(name, _)| config::find(name).is_some_and(|variable| !variable.secret)).collect()
+    };
+    for (read, unset) in values(&read).into_iter().zip(values(&unset)) {
+        assert_eq!(read, unset);
+    }
+    assert_eq!(read.warnings, unset.warnings);
+}
+
+/// What compose.yaml takes from `.env` is in the example, and the example has nothing that nobody takes.
+#[test]
+fn the_example_has_what_the_compose_file_takes() {
+    let (example, compose) =
+        (std::fs::read_to_string(ENV_EXAMPLE).unwrap(), std::fs::read_to_string(COMPOSE).unwrap());
+    let taken: BTreeSet<&str> = compose
+        .split("${")
+        .skip(1)
+        .filter_map(|rest| rest.split(|c: char| !c.is_ascii_uppercase() && c != '_').next())
+        .collect();
+    let (own, _) = example.split_once("# <settings>").unwrap();
+    let own: BTreeSet<&str> = own.lines().filter_map(assignment).map(|(name, _)| name).collect();
+    for name in &own {
+        assert!(taken.contains(name), "compose.yaml does not take {name}");
+        assert!(config::find(name).is_none(), "{name} is a setting of the programs");
+    }
+    for name in &taken {
+        assert!(own.contains(name) || config::find(name).is_some(), "the example lacks {name}");
+    }
+    // The defaults are written in both.
+    for (name, value) in example.lines().filter_map(assignment).filter(|(name, _)| own.contains(name)) {
+        assert!(
+            compose.contains(&format!("${{{name}:-{value}}}")),
+            "compose.yaml has another default of {name}"
+        );
+    }
+}
+
+/// The name and value of a line that assigns, commented out or not.
+fn assignment(line: &str) -> Option<(&str, &str)> {
+    let (name, value) = line.strip_prefix('#').unwrap_or(line).split_once('=')?;
+    let name_like = |c: char| c.is_ascii_uppercase() || c.is_ascii_digit() || c == '_';
+    (!name.is_empty() && name.chars().all(name_like)).then_some((name, value))
 }
 
 /// Each row of the fault matrix names tests that there are, or says that nothing shows it.

@@ -41,6 +41,7 @@ use mcp_shared::{
     audit::Audit,
     builtin,
     config::{self, Auth, Settings},
+    healthcheck,
     lifecycle::{self, EX_CONFIG, EX_TEMPFAIL, Hangups, complain},
     metrics::Exposition,
     node::{self, NodeError},
@@ -100,6 +101,12 @@ enum Command {
     /// Start a whole cluster on this machine, and stop it: NATS, a database, a gateway and workers.
     #[command(after_help = local::HELP)]
     Cluster(LocalArguments),
+    /// Ask the program that runs here with these settings whether it lives (exit status 0).
+    Healthcheck {
+        /// Whether it can serve, too.
+        #[arg(long)]
+        ready: bool,
+    },
     /// Make keys for logging in to NATS: a file with the seed for each name, and the public keys as
     /// nats/nats-server.conf expects them.
     Nkeys {
@@ -153,6 +160,9 @@ fn main() -> ExitCode {
         Some(Command::Routes) => routes_command(),
         Some(Command::Check) => check::run(settings).await,
         Some(Command::Migrate(arguments)) => migrate::run(settings, arguments).await,
+        Some(Command::Healthcheck { ready }) => {
+            healthcheck::ask(&settings.host, settings.port, settings.http.tls.is_some(), ready).await
+        }
         Some(Command::Keys(command)) => keys::run(settings, command).await,
         Some(Command::Audit { command: AuditCommand::Verify { files } }) => verify::run(settings, &files),
         Some(Command::Serve | Command::Nkeys { .. } | Command::Doctor(_)) | None => run(settings).await,

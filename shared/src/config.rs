@@ -45,7 +45,7 @@ pub use parse::ListenHost;
 pub use programs::ProgramSettings;
 pub use remote::{GoogleCredentials, RemoteSettings};
 pub use table::VARIABLES;
-pub use variables::{Group, Since, Variable, find, help_text, markdown_table};
+pub use variables::{Group, Since, Variable, dotenv_example, find, help_text, markdown_table};
 pub use web_tools::{BrowserChoice, Sandbox, SearxngUrl, WebToolSettings};
 
 /// The file that is read when it exists and no other is named.

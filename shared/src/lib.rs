@@ -12,6 +12,7 @@ pub mod egress;
 pub mod error;
 pub mod fleet;
 pub mod google;
+pub mod healthcheck;
 pub mod hosting;
 pub mod idempotency;
 pub mod ids;

@@ -9,6 +9,7 @@ use mcp_shared::{
     config::{self, BusSettings, Settings},
     doctor,
     fleet::Role,
+    healthcheck,
     lifecycle::{self, EX_CONFIG, EX_TEMPFAIL, Hangups, complain},
     node::{self, NodeError},
     trace::{self, Traces},
@@ -51,6 +52,12 @@ enum Command {
     Check,
     /// Look at everything that a worker stands on, and say what would mend what is wrong (exit status 1 if anything is).
     Doctor(DoctorArguments),
+    /// Ask the worker that runs here with these settings whether it lives (exit status 0).
+    Healthcheck {
+        /// Whether it can take calls, too.
+        #[arg(long)]
+        ready: bool,
+    },
 }
 
 /// What every program with a worker in it does before anything else: it keeps its memory to itself, and
@@ -88,6 +95,9 @@ pub fn main() -> ExitCode {
         };
         match arguments.command {
             Some(Command::Check) => look(settings, bus).await,
+            Some(Command::Healthcheck { ready }) => {
+                healthcheck::ask(&settings.worker_host, settings.worker_port, false, ready).await
+            }
             Some(Command::Serve | Command::Doctor(_)) | None => serve(settings, bus).await,
         }
     })

@@ -332,6 +332,45 @@ async fn the_env_file_is_read() {
 }
 
 #[tokio::test]
+async fn healthcheck_asks_the_program_that_runs() {
+    let api = Deployment::start().await;
+    let (_, port) = api.address().split_once(':').unwrap();
+    // It goes to the address of the settings, and looks into nothing else: what runs has the folder.
+    let asked = async |host: &str, port: &str, arguments: &[&str]| {
+        run(
+            Deployment::builder().data(&api.data()).env("AUTH", "keys").env("HOST", host).env("PORT", port),
+            arguments,
+        )
+        .await
+    };
+    for host in ["127.0.0.1", "0.0.0.0", "localhost"] {
+        for arguments in [&["healthcheck"][..], &["healthcheck", "--ready"]] {
+            let output = asked(host, port, arguments).await;
+            assert_eq!(output.status.code(), Some(0), "{host} {arguments:?}: {}", text(&output.stderr));
+            assert_eq!((text(&output.stdout), text(&output.stderr)), Default::default());
+        }
+    }
+    // The certificate is for other names than the address that it asks.
+    let with_tls = |builder: Builder| {
+        builder
+            .env("TLS_CERT_FILE", tls_file("localhost.pem").display().to_string())
+            .env("TLS_KEY_FILE", tls_file("localhost.key").display().to_string())
+    };
+    let secure = with_tls(Deployment::builder()).start().await;
+    let (_, port) = secure.address().rsplit_once(':').unwrap();
+    let builder = with_tls(Deployment::builder().data(&secure.data()).env("PORT", port));
+    let output = run(builder, &["healthcheck", "--ready"]).await;
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+
+    let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port().to_string();
+    let output = asked("127.0.0.1", &free, &["healthcheck"]).await;
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).starts_with(&format!("healthcheck: http://127.0.0.1:{free}/healthz: ")));
+    let output = asked("127.0.0.1", "0", &["healthcheck"]).await;
+    assert_eq!(output.status.code(), Some(CONFIG), "{}", text(&output.stderr));
+}
+
+#[tokio::test]
 async fn a_port_or_folder_in_use_is_said_clearly() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port().to_string();

@@ -171,6 +171,38 @@ pub fn markdown_table() -> String {
     out
 }
 
+/// Every variable with its default, as lines of a `.env` file that are commented out: by group, wrapped to 100 columns.
+/// What is no value but the description of one stands before the line, and not in it.
+pub fn dotenv_example() -> String {
+    let mut out = String::new();
+    for group in Group::ALL {
+        let _ = writeln!(out, "# {} {}", group.title(), "-".repeat(WIDTH - 3 - group.title().len()));
+        for variable in VARIABLES.iter().filter(|variable| variable.group == *group) {
+            let mut text = variable.meaning();
+            let value = if variable.default.contains(' ') {
+                let _ = write!(text, " Default: {}.", variable.default);
+                ""
+            } else {
+                variable.default
+            };
+            out.push('\n');
+            let mut line = String::from("#");
+            for word in text.split_whitespace() {
+                if line.len() > 1 && line.chars().count() + 1 + word.chars().count() > WIDTH {
+                    out.push_str(&line);
+                    out.push('\n');
+                    line = String::from("#");
+                }
+                line.push(' ');
+                line.push_str(word);
+            }
+            let _ = writeln!(out, "{line}\n#{}={value}", variable.name);
+        }
+        out.push('\n');
+    }
+    out
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
