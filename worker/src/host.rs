@@ -118,11 +118,12 @@ impl Host {
         let supervisor = Supervisor::new(executable.clone())
             .with_caps(Caps { processes: limits.server_processes, memory: limits.server_memory });
         let supervisor = Arc::new(supervisor);
+        // Of their own: what the browser may take is said by `CHROMIUM_MAX_MEMORY`, and what servers may take is less.
         let web_tools = WebTools::new(
             remote.web_tools.clone(),
             http.clone(),
-            executable,
-            Arc::clone(&supervisor),
+            executable.clone(),
+            Arc::new(Supervisor::new(executable)),
             (tasks.clone(), stopping.clone()),
         );
         Self {

@@ -106,6 +106,12 @@ async fn a_browser_leads_nowhere_that_the_guard_does_not_permit() {
     );
     read(&api, &sets).await.ok();
     assert!(read(&api, &tells).await.tool_text().contains("Cookie , item undefined."));
+    // Half of a character is no text. It harms neither the page that has it nor the browser.
+    let browsers = api.metric("mcp_browser_starts_total").await;
+    let half = page(&site, "<p id=p>-</p><script>p.textContent = 'Half of it: a\\ud800b.'</script>");
+    let text = read(&api, &half).await.tool_text();
+    assert!(text.contains("Half of it: a\u{fffd}b."), "{text}");
+    assert_eq!(api.metric("mcp_browser_starts_total").await, browsers);
 }
 
 #[tokio::test]

@@ -182,7 +182,15 @@ impl Browsers {
 
     /// A share in the browser that runs, which may have to be started. The error says, after "because", why there is
     /// none.
-    pub async fn share(&self) -> Result<Share, String> {
+    ///
+    /// A start goes on when whoever asked for it leaves: the next one has the browser then.
+    pub async fn share(self: &Arc<Self>) -> Result<Share, String> {
+        let own = Arc::clone(self);
+        let taken = self.tasks.spawn(async move { own.take_share().await }).await;
+        taken.unwrap_or_else(|_| Err("this worker is stopping".to_owned()))
+    }
+
+    async fn take_share(&self) -> Result<Share, String> {
         let mut current = self.current.lock().await;
         if let Some(browser) = &current.browser
             && !browser.cdp.is_gone()
@@ -264,8 +272,8 @@ impl Browsers {
         tracing::info!(version, pid = browser.pid, sandboxed, "a browser renders pages");
         if !sandboxed {
             tracing::warn!(
-                "the browser runs without its sandbox, which root cannot have (CHROMIUM_SANDBOX): run this program as \
-                 another user"
+                "the browser runs without its sandbox, which root cannot have: run this program as another user, with \
+                 CHROMIUM_SANDBOX=auto"
             );
         }
         self.tasks.spawn(limit_memory(Arc::clone(&browser), self.settings.memory));

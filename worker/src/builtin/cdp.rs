@@ -12,10 +12,12 @@ use std::{
 use serde::Deserialize;
 use serde_json::{Value, json, value::RawValue};
 use tokio::{
-    io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader},
+    io::{AsyncBufRead, AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader},
     sync::{mpsc, oneshot},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::transport::turns::Turns;
 
 /// Bytes of one message.
 const MESSAGE: u64 = 64 * 1024 * 1024;
@@ -74,7 +76,9 @@ struct Message<'a> {
     session_id: Option<String>,
     #[serde(borrow)]
     params: Option<&'a RawValue>,
-    result: Option<Value>,
+    // Read when somebody waits for it: strings of pages may be no Unicode, and are then that page's trouble only.
+    #[serde(borrow)]
+    result: Option<&'a RawValue>,
     error: Option<Refusal>,
 }
 
@@ -209,19 +213,52 @@ impl Cdp {
     }
 }
 
-/// Reads messages until the pipe ends, or what comes is none.
+/// Reads messages until the pipe ends, or what comes is none. One that is too long is passed over: it is what a page
+/// has made so long, and whoever waits for it gives up in time.
 async fn read(output: impl AsyncRead + Unpin, shared: &Shared) {
     let mut output = BufReader::with_capacity(64 * 1024, output);
-    let mut message = Vec::new();
+    let (mut message, mut turns) = (Vec::new(), Turns::default());
     loop {
         message.clear();
         let count = (&mut output).take(MESSAGE).read_until(0, &mut message).await;
-        if count.is_err() || message.pop() != Some(0) {
-            return;
+        turns.took(message.len()).await;
+        match (count, message.pop()) {
+            (Ok(_), Some(0)) => {
+                let Ok(message) = serde_json::from_slice::<Message<'_>>(&message) else { return };
+                shared.take(message);
+            }
+            (Ok(_), Some(_)) if message.len() as u64 + 1 == MESSAGE => {
+                message = Vec::new();
+                if !skip(&mut output, &mut turns).await {
+                    return;
+                }
+            }
+            _ => return,
         }
-        let Ok(message) = serde_json::from_slice::<Message<'_>>(&message) else { return };
-        shared.take(message);
     }
+}
+
+/// Reads to the end of a message, and says whether it has one.
+async fn skip(output: &mut (impl AsyncBufRead + Unpin), turns: &mut Turns) -> bool {
+    loop {
+        let Ok(bytes) = output.fill_buf().await else { return false };
+        let (end, count) = (memchr::memchr(0, bytes), bytes.len());
+        if count == 0 {
+            return false;
+        }
+        output.consume(end.map_or(count, |end| end + 1));
+        if end.is_some() {
+            return true;
+        }
+        turns.took(count).await;
+    }
+}
+
+/// What a question was answered with.
+fn read_result(result: Option<&RawValue>) -> Result<Value, CdpError> {
+    let Some(result) = result else { return Ok(Value::Null) };
+    serde_json::from_str(result.get())
+        .map_err(|_| CdpError::Refused("something that is no Unicode".to_owned()))
 }
 
 impl Shared {
@@ -229,7 +266,7 @@ impl Shared {
         if let Some(id) = message.id {
             let answer = match message.error {
                 Some(Refusal { message }) => Err(CdpError::Refused(message)),
-                None => Ok(message.result.unwrap_or_default()),
+                None => read_result(message.result),
             };
             if let Some(waiting) = lock(&self.waiting).remove(&id) {
                 let _ = waiting.send(answer);
@@ -284,4 +321,39 @@ fn event(method: &str, params: Option<&RawValue>) -> Option<Event> {
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::{io::duplex, time::timeout};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn what_a_page_makes_unreadable_is_its_own_trouble() {
+        let (ours, mut browser) = duplex(1024 * 1024);
+        let (output, input) = tokio::io::split(ours);
+        let cdp = Cdp::new(input, output, &TaskTracker::new());
+        let answers = tokio::spawn(async move {
+            browser.write_all(b"{\"id\":1,\"result\":{\"value\":\"a\\ud800b\"}}\0").await.unwrap();
+            // One that is longer than any may be, and then one that is as it should be.
+            browser.write_all(b"{\"method\":\"").await.unwrap();
+            let part = vec![b'x'; 1024 * 1024];
+            for _ in 0..=MESSAGE / part.len() as u64 {
+                browser.write_all(&part).await.unwrap();
+            }
+            browser.write_all(b"\"}\0{\"id\":2,\"result\":{\"ok\":true}}\0").await.unwrap();
+            browser
+        });
+        let asked =
+            async { tokio::join!(cdp.call(None, "one", json!({})), cdp.call(None, "two", json!({}))) };
+        let (one, two) = timeout(Duration::from_secs(60), asked).await.unwrap();
+        assert!(matches!(one, Err(CdpError::Refused(_))), "{one:?}");
+        assert_eq!(two.unwrap(), json!({"ok": true}));
+        assert!(!cdp.is_gone());
+        drop(answers.await.unwrap());
+        timeout(Duration::from_secs(60), cdp.gone()).await.unwrap();
+    }
 }

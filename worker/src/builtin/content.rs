@@ -1,5 +1,7 @@
 //! `get_url_content`: a page as a person would see it, less what is not its content, as Markdown.
 
+use std::sync::Arc;
+
 use mcp_shared::{egress::EgressError, limits};
 use serde_json::{Value, json};
 use url::Url;
@@ -41,6 +43,8 @@ pub enum ContentError {
     Browser,
     #[error("it has no text: it is {0}")]
     NoText(String),
+    #[error("too many pages are being read right now; try again in a moment")]
+    Busy,
     #[error("this worker is stopping")]
     Stopping,
 }
@@ -90,9 +94,11 @@ impl WebTools {
         // It is for whoever reads the page.
         url.set_fragment(None);
         self.http.egress().check_url(&url)?;
-        let _page = self.pages.acquire().await.map_err(|_| ContentError::Stopping)?;
+        let _place = self.waiting.try_acquire().map_err(|_| ContentError::Busy)?;
+        let page = Arc::clone(&self.pages).acquire_owned().await.map_err(|_| ContentError::Stopping)?;
+        let page = Arc::new(page);
         for _ in 0..ATTEMPTS {
-            match render(&self.browsers, &url).await {
+            match render(&self.browsers, &url, &page).await {
                 Ok(rendered) => return self.rendered(&url, rendered).await,
                 Err(Failure::NoPage) => return self.fetched(&url, None).await,
                 Err(Failure::NoBrowser(why)) => return self.fetched(&url, Some(why)).await,

@@ -2,7 +2,7 @@
 //! ends there, and the kernel sees to it that it does.
 
 use std::{
-    io::{Read, Write},
+    io::{BufRead, Read, Write},
     path::PathBuf,
     process::ExitCode,
     sync::Arc,
@@ -20,7 +20,7 @@ use super::document;
 use crate::supervisor::{Exit, SpawnSpec, Streams, Supervisor};
 
 /// The argument that makes our executable read a document from its standard input and write what it says to its standard
-/// output. What follows says what the document is.
+/// output. Its first line says what the document is.
 pub const ARGUMENT: &str = "__convert-document";
 
 /// Bytes of memory of the stack of what reads a document.
@@ -85,7 +85,7 @@ impl Converter {
         let source = serde_json::to_string(source).map_err(|_| ConvertError::Failed)?;
         let spec = SpawnSpec {
             program: self.executable.to_string_lossy().into_owned(),
-            args: vec![ARGUMENT.to_owned(), source],
+            args: vec![ARGUMENT.to_owned()],
             env: Vec::new(),
             folder: None,
         };
@@ -95,8 +95,11 @@ impl Converter {
         })?;
         let Streams { mut stdin, stdout, stderr } = streams;
         let give = async {
-            // One that ends before it has read everything says why by its end.
-            let _ = stdin.write_all(bytes).await;
+            // In a command line everybody on this machine could read where the document is from. One that ends before it
+            // has read everything says why by its end.
+            if stdin.write_all(format!("{source}\n").as_bytes()).await.is_ok() {
+                let _ = stdin.write_all(bytes).await;
+            }
             drop(stdin);
         };
         let (mut said, mut words) = (Vec::new(), Vec::new());
@@ -110,6 +113,10 @@ impl Converter {
                     serde_json::from_slice(&said).map_err(|_| ConvertError::Failed)?;
                 read.map_err(ConvertError::Unreadable)
             }
+            // What reads it fell over it.
+            Exit::Code(_) => {
+                Err(ConvertError::Unreadable("it is damaged, or of a kind that is not known".to_owned()))
+            }
             exit => {
                 let words = String::from_utf8_lossy(&words);
                 tracing::info!(%exit, words = words.trim(), "what read a document ended");
@@ -121,8 +128,6 @@ impl Converter {
 
 /// Reads the document on the standard input, and nothing else: the process that does it has limits from here on.
 pub fn run() -> ExitCode {
-    let source = std::env::args().nth(2).and_then(|text| serde_json::from_str::<Source>(&text).ok());
-    let Some(source) = source else { return ExitCode::FAILURE };
     let seconds = limits::WEB_CONVERT_TIMEOUT.as_secs();
     let limited = [
         (Resource::RLIMIT_AS, limits::WEB_CONVERT_MEMORY),
@@ -136,11 +141,13 @@ pub fn run() -> ExitCode {
     if limited.iter().any(|(resource, most)| setrlimit(*resource, *most, *most).is_err()) {
         return ExitCode::FAILURE;
     }
-    let mut bytes = Vec::new();
+    let (mut bytes, mut source) = (Vec::new(), String::new());
     let most = 2 * limits::WEB_PAGE_BYTES as u64;
-    if std::io::stdin().lock().take(most).read_to_end(&mut bytes).is_err() {
+    let mut input = std::io::stdin().lock().take(most);
+    if input.read_line(&mut source).is_err() || input.read_to_end(&mut bytes).is_err() {
         return ExitCode::FAILURE;
     }
+    let Ok(source) = serde_json::from_str::<Source>(&source) else { return ExitCode::FAILURE };
     // The libraries for it call themselves again for what is inside of something.
     let read = std::thread::Builder::new().stack_size(STACK).spawn(move || document::read(&source, &bytes));
     let Ok(Ok(read)) = read.map(std::thread::JoinHandle::join) else { return ExitCode::FAILURE };

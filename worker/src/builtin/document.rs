@@ -3,10 +3,12 @@
 
 use encoding_rs::{Encoding, UTF_8};
 use legible::Options;
-use mcp_shared::limits;
+use mcp_shared::{error::shorten, limits};
 
 use super::convert::{Document, Source};
 
+/// Characters of a title.
+const TITLE: usize = 1_024;
 /// Elements of a page.
 const ELEMENTS: usize = 200_000;
 /// Where a page may say what its characters are.
@@ -70,7 +72,8 @@ fn document(title: String, mut text: String) -> Document {
     if cut {
         text.truncate((0..=limits::WEB_TEXT_BYTES).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0));
     }
-    Document { title: title.split_whitespace().collect::<Vec<_>>().join(" "), text, cut }
+    let title = title.split_whitespace().collect::<Vec<_>>().join(" ");
+    Document { title: shorten(&title, TITLE), text, cut }
 }
 
 /// Makes tables of rows: cells stand with ` | ` between them, one row a line, and a table needs a line below its first

@@ -73,7 +73,7 @@ async fn follow(http: &Outgoing, mut url: Url) -> Result<Fetched, FetchError> {
         if status.is_redirection()
             && let Some(to) = answer.headers().get(header::LOCATION)
         {
-            let to = to.to_str().map_err(|_| FetchError::Nowhere)?;
+            let to = std::str::from_utf8(to.as_bytes()).map_err(|_| FetchError::Nowhere)?;
             url = url.join(to).map_err(|_| FetchError::Nowhere)?;
             continue;
         }

@@ -3,17 +3,18 @@
 
 use std::{future::Future, sync::Arc, time::Duration};
 
-use mcp_shared::limits;
+use mcp_shared::{egress::Egress, limits};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::{
-    sync::mpsc,
+    sync::{OwnedSemaphorePermit, mpsc},
     time::{Instant, sleep_until, timeout},
 };
+use tokio_util::task::TaskTracker;
 use url::Url;
 
 use super::{
-    browser::{Browsers, Share},
+    browser::{Browser, Browsers, Share},
     cdp::{Cdp, CdpError, Event},
     proxy::Proxy,
 };
@@ -61,12 +62,20 @@ pub enum Failure {
     Failed(String),
 }
 
-/// A page's place in the browser. When it is dropped the page is closed, by a task of its own.
+/// A page's place in the browser. When it is dropped the page is closed, by a task of its own; what the page has is
+/// given back only then.
 struct Place {
-    share: Option<Share>,
-    context: String,
+    open: Option<Open>,
     session: Option<String>,
-    tasks: tokio_util::task::TaskTracker,
+    tasks: TaskTracker,
+}
+
+/// What a page has as long as it is not closed.
+struct Open {
+    share: Share,
+    context: String,
+    proxy: Proxy,
+    _permit: Arc<OwnedSemaphorePermit>,
 }
 
 /// A page that is being loaded.
@@ -95,32 +104,21 @@ struct Read {
 }
 
 /// Renders a page.
-pub async fn render(browsers: &Browsers, url: &Url) -> Result<Rendered, Failure> {
+pub async fn render(
+    browsers: &Arc<Browsers>,
+    url: &Url,
+    permit: &Arc<OwnedSemaphorePermit>,
+) -> Result<Rendered, Failure> {
     let share = browsers.share().await.map_err(Failure::NoBrowser)?;
-    let proxy = Proxy::start(browsers.egress.clone(), &browsers.tasks).await;
-    let proxy = proxy.map_err(|error| {
-        tracing::error!(%error, "a page has no proxy");
-        Failure::NoBrowser("there is no port for its proxy".to_owned())
-    })?;
-    let cdp = share.0.cdp.clone();
-    let browser = Arc::clone(&share.0);
-    let gone = |error: CdpError| {
-        tracing::warn!(%error, "a page could not be opened: its browser is of no more use");
-        browser.kill();
-        Failure::Gone
+    let (cdp, browser) = (share.0.cdp.clone(), Arc::clone(&share.0));
+    let gone = |error: CdpError| unusable(&browser, &error);
+    // By a task, so that what is made for a caller who leaves meanwhile is taken away again.
+    let opening = Place::open(browsers.egress.clone(), share, Arc::clone(permit), browsers.tasks.clone());
+    let opened = browsers.tasks.spawn(opening).await;
+    let mut place = opened.unwrap_or(Err(Failure::Gone))?;
+    let Place { open: Some(Open { context, proxy, .. }), session: known, .. } = &mut place else {
+        return Err(Failure::Gone);
     };
-    let context = step(cdp.call(
-        None,
-        "Target.createBrowserContext",
-        json!({
-            "disposeOnDetach": true,
-            "proxyServer": format!("http://{}", proxy.address),
-            "proxyBypassList": "<-loopback>",
-        }),
-    ));
-    let context = text(&context.await.map_err(gone)?, "browserContextId");
-    let mut place =
-        Place { share: Some(share), context: context.clone(), session: None, tasks: browsers.tasks.clone() };
     let quietly = json!({"behavior": "deny", "browserContextId": context});
     step(cdp.call(None, "Browser.setDownloadBehavior", quietly)).await.map_err(gone)?;
     let target = json!({"url": "about:blank", "browserContextId": context});
@@ -129,11 +127,14 @@ pub async fn render(browsers: &Browsers, url: &Url) -> Result<Rendered, Failure>
     let session =
         text(&step(cdp.call(None, "Target.attachToTarget", attach)).await.map_err(gone)?, "sessionId");
     let events = cdp.listen(&session);
-    place.session = Some(session.clone());
+    *known = Some(session.clone());
     for (method, params) in [
         ("Page.enable", json!({})),
         ("Inspector.enable", json!({})),
-        ("Network.enable", json!({"maxTotalBufferSize": 0, "maxResourceBufferSize": 0})),
+        (
+            "Network.enable",
+            json!({"maxTotalBufferSize": 0, "maxResourceBufferSize": 0, "maxPostDataSize": 1}),
+        ),
         ("Page.setLifecycleEventsEnabled", json!({"enabled": true})),
     ] {
         step(cdp.call(Some(&session), method, params)).await.map_err(gone)?;
@@ -143,7 +144,7 @@ pub async fn render(browsers: &Browsers, url: &Url) -> Result<Rendered, Failure>
         session: &session,
         // Of a page, the frame has the name of the target.
         frame: &target,
-        proxy: &proxy,
+        proxy,
         events,
         url: url.to_string(),
         request: String::new(),
@@ -181,7 +182,7 @@ impl Load<'_> {
         Ok(Rendered {
             url: read.url,
             status: self.status,
-            cut: read.size > read.html.len() && read.size > CHARACTERS,
+            cut: read.size > CHARACTERS,
             html: read.html,
             unfinished,
         })
@@ -285,7 +286,7 @@ impl Load<'_> {
         let world = self.ask("Page.createIsolatedWorld", world).await?;
         let expression = format!(
             "(() => {{ const root = document.documentElement, html = root ? root.outerHTML : ''; return {{html: \
-             html.slice(0, {CHARACTERS}), size: html.length, url: location.href}}; }})()"
+             html.slice(0, {CHARACTERS}).toWellFormed(), size: html.length, url: location.href}}; }})()"
         );
         let evaluate = json!({
             "contextId": world.get("executionContextId"), "expression": expression, "returnByValue": true,
@@ -332,26 +333,54 @@ impl Load<'_> {
     }
 }
 
+impl Place {
+    async fn open(
+        egress: Egress,
+        share: Share,
+        permit: Arc<OwnedSemaphorePermit>,
+        tasks: TaskTracker,
+    ) -> Result<Self, Failure> {
+        let proxy = Proxy::start(egress, &tasks).await.map_err(|error| {
+            tracing::error!(%error, "a page has no proxy");
+            Failure::NoBrowser("there is no port for its proxy".to_owned())
+        })?;
+        let settings = json!({
+            "disposeOnDetach": true,
+            "proxyServer": format!("http://{}", proxy.address),
+            "proxyBypassList": "<-loopback>",
+        });
+        let context = step(share.0.cdp.call(None, "Target.createBrowserContext", settings)).await;
+        let context = text(&context.map_err(|error| unusable(&share.0, &error))?, "browserContextId");
+        Ok(Self { open: Some(Open { share, context, proxy, _permit: permit }), session: None, tasks })
+    }
+}
+
+/// A browser in which no page can be opened.
+fn unusable(browser: &Browser, error: &CdpError) -> Failure {
+    tracing::warn!(%error, "a page could not be opened: its browser is of no more use");
+    browser.kill();
+    Failure::Gone
+}
+
 impl Drop for Place {
     fn drop(&mut self) {
-        let Some(share) = self.share.take() else { return };
-        let (context, session) = (std::mem::take(&mut self.context), self.session.take());
+        let (Some(open), session) = (self.open.take(), self.session.take()) else { return };
         self.tasks.spawn(async move {
-            let cdp = &share.0.cdp;
+            let cdp = &open.share.0.cdp;
             if let Some(session) = &session {
                 cdp.forget(session);
             }
-            let close = cdp.call(None, "Target.disposeBrowserContext", json!({"browserContextId": context}));
-            match timeout(STEP, close).await {
+            let context = json!({"browserContextId": &open.context});
+            match timeout(STEP, cdp.call(None, "Target.disposeBrowserContext", context)).await {
                 Ok(Ok(_)) => {}
                 _ if cdp.is_gone() => {}
                 // Something of the page may go on; not for longer than this.
                 _ => {
                     tracing::warn!("a page was not closed: its browser ends");
-                    share.0.kill();
+                    open.share.0.kill();
                 }
             }
-            drop(share);
+            drop(open);
         });
     }
 }

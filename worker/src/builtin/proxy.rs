@@ -34,6 +34,10 @@ const HEAD_TIME: Duration = Duration::from_secs(10);
 const CONNECTIONS: usize = 64;
 /// Hosts of which it is remembered why they were refused.
 const REFUSED: usize = 64;
+/// Names that are looked up at once, by all pages.
+const LOOKUPS_AT_ONCE: usize = 32;
+/// The shortest time that one of several addresses has to answer.
+const SHORTEST_TRY: Duration = Duration::from_secs(1);
 /// Bytes that are passed on at once.
 const CHUNK: usize = 16 * 1024;
 
@@ -51,7 +55,7 @@ struct Page {
     /// Bytes that it may still load.
     left: AtomicUsize,
     refused: Mutex<HashMap<String, Refused>>,
-    connections: Semaphore,
+    connections: Arc<Semaphore>,
     stop: CancellationToken,
 }
 
@@ -76,7 +80,7 @@ impl Proxy {
             egress,
             left: AtomicUsize::new(limits::WEB_PAGE_BYTES),
             refused: Mutex::default(),
-            connections: Semaphore::new(CONNECTIONS),
+            connections: Arc::new(Semaphore::new(CONNECTIONS)),
             stop: stop.clone(),
         });
         tasks.spawn(accept(listener, Arc::clone(&page), tasks.clone()));
@@ -96,9 +100,14 @@ impl Proxy {
 
 async fn accept(listener: TcpListener, page: Arc<Page>, tasks: TaskTracker) {
     loop {
-        let accepted = tokio::select! {
+        let accept = async {
+            // Whoever has no place waits with the system, and takes up nothing here.
+            let place = Arc::clone(&page.connections).acquire_owned().await;
+            (listener.accept().await, place)
+        };
+        let (accepted, place) = tokio::select! {
             () = page.stop.cancelled() => return,
-            accepted = listener.accept() => accepted,
+            accepted = accept => accepted,
         };
         let Ok((client, _)) = accepted else {
             // Out of descriptors, most likely: not in a circle as fast as possible.
@@ -107,7 +116,7 @@ async fn accept(listener: TcpListener, page: Arc<Page>, tasks: TaskTracker) {
         };
         let page = Arc::clone(&page);
         tasks.spawn(async move {
-            let Ok(_place) = page.connections.acquire().await else { return };
+            let _place = place;
             tokio::select! {
                 () = page.stop.cancelled() => {}
                 _ = serve(&page, client) => {}
@@ -198,20 +207,36 @@ impl Page {
         }
     }
 
+    /// Looks a name up. The system goes on with that when nobody waits any more, which is why there are only so many.
+    async fn look_up(&self, host: &str, port: u16) -> Result<Vec<SocketAddr>, Refused> {
+        static LOOKUPS: Semaphore = Semaphore::const_new(LOOKUPS_AT_ONCE);
+        let (egress, host) = (self.egress.clone(), host.to_owned());
+        let found = async {
+            let permit = LOOKUPS.acquire().await.map_err(|_| Refused::Unreachable)?;
+            let looking = tokio::spawn(async move {
+                let found = egress.addresses(&host, port).await;
+                drop(permit);
+                found
+            });
+            Ok(looking.await.map_err(|_| Refused::Unreachable)??)
+        };
+        timeout(limits::REMOTE_CONNECT_TIMEOUT, found).await.unwrap_or(Err(Refused::Unreachable))
+    }
+
     async fn connect(&self, url: &Url, host: &str) -> Result<TcpStream, Refused> {
         self.egress.check_url(url)?;
         let port = url.port_or_known_default().ok_or(Refused::Unreachable)?;
-        let addresses = self.egress.addresses(host, port).await?;
-        let connect = async {
-            for address in addresses {
-                if let Ok(server) = TcpStream::connect(address).await {
-                    let _ = server.set_nodelay(true);
-                    return Ok(server);
-                }
+        let addresses = self.look_up(host, port).await?;
+        // One that does not answer must not take all the time of the others.
+        let count = u32::try_from(addresses.len()).unwrap_or(u32::MAX).max(1);
+        let each = (limits::REMOTE_CONNECT_TIMEOUT / count).max(SHORTEST_TRY);
+        for address in addresses {
+            if let Ok(Ok(server)) = timeout(each, TcpStream::connect(address)).await {
+                let _ = server.set_nodelay(true);
+                return Ok(server);
             }
-            Err(Refused::Unreachable)
-        };
-        timeout(limits::REMOTE_CONNECT_TIMEOUT, connect).await.unwrap_or(Err(Refused::Unreachable))
+        }
+        Err(Refused::Unreachable)
     }
 
     /// Passes on what comes until one side ends, or too much came.

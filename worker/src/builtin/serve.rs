@@ -55,6 +55,10 @@ pub async fn serve(tools: Arc<WebTools>, stream: DuplexStream, tasks: TaskTracke
                     params.get("requestId").and_then(|id| lock(&running).remove(&id.to_string()))
             {
                 call.abort();
+                // Nobody reads it; but that there is one gives the call's place free.
+                if let Some(id) = params.get("requestId") {
+                    let _ = answers.send(failed(id, -32800, "the call was cancelled")).await;
+                }
             }
             continue;
         };

@@ -14,6 +14,10 @@ use super::{
 };
 use crate::{outgoing::Outgoing, supervisor::Supervisor};
 
+/// Pages that may wait, for each that may be read. Whoever waits takes up a place of the whole server, which searches
+/// need as well.
+const WAITING: usize = 4;
+
 /// The tools, and what they work with.
 pub struct WebTools {
     search: Option<Search>,
@@ -21,7 +25,9 @@ pub struct WebTools {
     pub(super) browsers: Arc<Browsers>,
     pub(super) converter: Converter,
     /// A permit for each page that is read.
-    pub(super) pages: Semaphore,
+    pub(super) pages: Arc<Semaphore>,
+    /// A permit for each page that is read or waits for its turn.
+    pub(super) waiting: Semaphore,
 }
 
 /// How a call ended.
@@ -43,7 +49,8 @@ impl WebTools {
     ) -> Arc<Self> {
         Arc::new(Self {
             search: settings.searxng.clone().map(Search::new),
-            pages: Semaphore::new(settings.pages),
+            waiting: Semaphore::new(settings.pages * (1 + WAITING)),
+            pages: Arc::new(Semaphore::new(settings.pages)),
             converter: Converter::new(executable, Arc::clone(&supervisor)),
             browsers: Browsers::new(settings, http.egress().clone(), supervisor, tasks, stopping),
             http,
