@@ -21,7 +21,7 @@ use crate::{
     problem::Problem,
     routes::{
         package_input::{self, Install},
-        servers::{not_builtin, uninstalled},
+        servers::{not_reserved, uninstalled},
     },
 };
 
@@ -109,7 +109,7 @@ async fn order_one(app: &App, one: &InstallOnStart) -> Result<Ordered, VaultErro
 
 /// The same as a request with these two names.
 fn install(one: &InstallOnStart, egress: &Egress) -> Result<Install, Problem> {
-    not_builtin(&one.server)?;
+    not_reserved(&one.server)?;
     let body = json!({"name": one.package, "serverName": one.server});
     let body = serde_json::to_vec(&body).map(Bytes::from).map_err(WorkerError::internal)?;
     package_input::install(&Fields::parse(&body)?, egress)

@@ -32,7 +32,7 @@ use crate::{
         package_input::{self, Install},
         package_view, remote_input,
         server_view::{Detail, Viewer, view},
-        servers::not_builtin,
+        servers::not_reserved,
     },
 };
 
@@ -75,7 +75,7 @@ pub async fn install(
     let user = caller.user(&fields)?;
     let Install { spec, server } = package_input::install(&fields, &app.egress)?;
     let session = remote_input::session_id(&fields)?;
-    not_builtin(&server.name)?;
+    not_reserved(&server.name)?;
     caller.at(&server.name)?;
     // It can be stored when there is a server that it belongs to.
     if respond_async(&headers) && matches!(session, Field::Value(_)) {

@@ -72,7 +72,7 @@ pub async fn add(
     let user = caller.user(&fields)?;
     let record = new_record(&fields, &app.egress)?;
     let session = session_id(&fields)?;
-    not_builtin(&record.name)?;
+    not_reserved(&record.name)?;
     caller.at(&record.name)?;
     app.launch.check(&record, None)?;
     let recorded = caller.record(&app, Action::ServerCreate, Object::server(&record.name)).await?;
@@ -417,15 +417,20 @@ async fn switch_package(vault: &Vault, server: &ServerRecord) {
     }
 }
 
-/// Refuses the names of servers that are part of the program.
+/// Refuses the names of servers that are part of the program, for new servers: names differ in more than case.
+pub fn not_reserved(name: &ServerName) -> Result<(), Problem> {
+    if builtin::is_reserved(name) { Err(builtin_server(name)) } else { Ok(()) }
+}
+
+/// Refuses servers that are part of the program. One of a moved database whose name differs from theirs in case is like
+/// any other.
 pub fn not_builtin(name: &ServerName) -> Result<(), Problem> {
-    if builtin::is_reserved(name) {
-        let text = format!("{name} is the name of a built-in server, which cannot be changed or deleted");
-        return Err(WorkerError::new(ErrorCode::BuiltinServer, text)
-            .with("serverName", name.as_str())
-            .into());
-    }
-    Ok(())
+    if builtin::is_builtin(name) { Err(builtin_server(name)) } else { Ok(()) }
+}
+
+fn builtin_server(name: &ServerName) -> Problem {
+    let text = format!("{name} is the name of a built-in server, which cannot be changed or deleted");
+    WorkerError::new(ErrorCode::BuiltinServer, text).with("serverName", name.as_str()).into()
 }
 
 fn exists(name: &ServerName, existing: &str) -> Problem {

@@ -118,11 +118,14 @@ async fn it_stands_beside_the_others_and_stays_as_it_is() {
         api.register_fixture(name, &[], json!({})).await.fails(403, "builtin_server");
         let install = json!({"name": "some-package", "serverName": name});
         api.post("/packages/install", &install).await.fails(403, "builtin_server");
+    }
+    // A server of another database may have a name that differs in case; it is one like the others.
+    for (name, status, code) in [("webtools", 403, "builtin_server"), ("WebTools", 404, "server_not_found")] {
         let change = json!({"command": "node"});
-        api.put(&format!("/mcp/servers/{name}"), Some(&change)).await.fails(403, "builtin_server");
-        api.put(&format!("/mcp/servers/{name}/disable"), None).await.fails(403, "builtin_server");
-        api.put(&format!("/mcp/servers/{name}/enable"), None).await.fails(403, "builtin_server");
-        api.delete(&format!("/mcp/servers/{name}")).await.fails(403, "builtin_server");
+        api.put(&format!("/mcp/servers/{name}"), Some(&change)).await.fails(status, code);
+        api.put(&format!("/mcp/servers/{name}/disable"), None).await.fails(status, code);
+        api.put(&format!("/mcp/servers/{name}/enable"), None).await.fails(status, code);
+        api.delete(&format!("/mcp/servers/{name}")).await.fails(status, code);
     }
     api.set_secret("alice", "webtools", "KEY", "x").await.fails(403, "builtin_server");
     let impact = api.get("/mcp/servers/webtools/delete-impact").await.ok().json();
