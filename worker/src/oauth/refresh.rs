@@ -204,7 +204,12 @@ impl Inner {
         };
         let url = url_of(record);
         let mut found = discover(&self.http, url, None).await.map_err(Refusal::Passing)?;
-        if tokens.issuer.as_deref().is_some_and(|issuer| !same_issuer(issuer, &found.issuer)) {
+        // Tokens of mcp-api's do not say who gave them; its record of the server may.
+        let giver = tokens
+            .issuer
+            .as_deref()
+            .or_else(|| record.extra.get("oauthTemplate")?.get("authorizationServerIssuer")?.as_str());
+        if giver.is_some_and(|issuer| !same_issuer(issuer, &found.issuer)) {
             return Err(Refusal::Foreign { issuer: found.issuer });
         }
         let redirect_uri = tokens.redirect_uri.as_deref().unwrap_or(url);
