@@ -75,11 +75,12 @@ impl Database {
 async fn ensure_unique(rows: &Collection<RawDocumentBuf>, index: IndexModel) -> Result<(), Failure> {
     for _ in 0..ATTEMPTS {
         match rows.create_index(index.clone()).await {
-            Ok(_) => break,
+            Ok(_) => return Ok(()),
             Err(error) if is_duplicate(&error) => resolve_duplicates(rows, &index).await?,
             Err(error) => return Err(error.into()),
         }
     }
+    rows.create_index(index).await?;
     Ok(())
 }
 
