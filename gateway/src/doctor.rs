@@ -81,7 +81,7 @@ async fn services(settings: &Settings) -> Vec<Finding> {
                 Area::Reach,
                 "JWT_ISSUER",
                 format!("its keys cannot be fetched: {}", said(answer)),
-                "correct JWT_ISSUER or JWKS_URL, or let this machine reach it: nobody's token can be checked",
+                "correct JWT_ISSUER or JWT_JWKS_URL, or let this machine reach it: nobody's token can be checked",
             ),
         })
     };

@@ -10,7 +10,13 @@ mod part;
 mod plan;
 mod services;
 
-use std::{ffi::OsString, io::Write, path::PathBuf, process::ExitCode, time::Duration};
+use std::{
+    ffi::OsString,
+    io::{self, Write},
+    path::PathBuf,
+    process::ExitCode,
+    time::Duration,
+};
 
 use clap::Args;
 use mcp_shared::{
@@ -128,7 +134,7 @@ pub async fn run(
         stop,
         hangups,
         start_timeout: settings.start_timeout,
-        patience: settings.shutdown_timeout + GRACE,
+        patience: settings.shutdown_timeout + settings.shutdown_notice + GRACE,
     };
     let ended = cluster.serve().await;
     cluster.shut_down().await;
@@ -204,8 +210,14 @@ impl Cluster {
 
     fn start(&mut self, at: usize) -> Result<(), Failure> {
         let part = &mut self.parts[at];
-        part.start(at, &self.output, &self.sender)
-            .map_err(|error| Failure::configuration(format!("{} was not started: {error}", part.name())))
+        part.start(at, &self.output, &self.sender).map_err(|error| {
+            let text = format!("{} was not started: {error}", part.name());
+            // Of processes or memory there may be enough again in a moment.
+            match error.kind() {
+                io::ErrorKind::WouldBlock | io::ErrorKind::OutOfMemory => Failure::temporary(text),
+                _ => Failure::configuration(text),
+            }
+        })
     }
 
     /// Waits for something while parts start. A line that one prints ends the wait as well; one that ends is the
