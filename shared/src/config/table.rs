@@ -429,7 +429,7 @@ pub const VARIABLES: &[Variable] = &[
         "npm packages that are installed on the first start of a store, as comma-separated pairs of package \
          and server; none for none at all.",
     ),
-    secret(
+    plain(
         "SEARXNG_URL",
         "",
         Group::Packages,
