@@ -99,6 +99,8 @@ const PAGES: usize = 500;
 const KILL_TIME: Duration = Duration::from_secs(5);
 /// What the folders of browsers are called, with our process id and a number behind it.
 const FOLDER: &str = "mcp-api-chromium";
+/// Bytes of the path of the folder that they are in. Behind that are 34 of their own names and 47 of Chromium's socket.
+const PARENT: usize = 26;
 /// Bytes of what a browser says that are kept for the explanation of a failure.
 const WORDS: usize = 4 * 1024;
 
@@ -400,9 +402,15 @@ impl Drop for Folder {
     }
 }
 
+/// Where they are made. Chromium has a socket in its folder for temporary files, whose path the system holds to 107
+/// bytes, and ends at once where that is longer.
+fn parent(temporary: PathBuf) -> PathBuf {
+    if temporary.as_os_str().len() > PARENT { PathBuf::from("/tmp") } else { temporary }
+}
+
 /// Makes one, and removes those of programs that were killed.
 fn make_folder() -> Result<Folder, String> {
-    let (parent, me) = (std::env::temp_dir(), std::process::id());
+    let (parent, me) = (parent(std::env::temp_dir()), std::process::id());
     for entry in fs::read_dir(&parent).into_iter().flatten().flatten() {
         let name = entry.file_name();
         let owner =
@@ -413,7 +421,8 @@ fn make_folder() -> Result<Folder, String> {
             let _ = fs::remove_dir_all(entry.path());
         }
     }
-    let folder = parent.join(format!("{FOLDER}-{me}-{}", uuid::Uuid::new_v4().simple()));
+    let drawn = uuid::Uuid::new_v4().simple().to_string();
+    let folder = parent.join(format!("{FOLDER}-{me}-{}", &drawn[..8]));
     let made = fs::DirBuilder::new().mode(0o700).create(&folder);
     made.map_err(|error| format!("there is no folder for it: {error}"))?;
     Ok(Folder(folder))
