@@ -12,7 +12,7 @@ use mcp_shared::{
     limits, tls,
 };
 use reqwest::{
-    Client, Request, Response,
+    Client, ClientBuilder, Request, Response,
     dns::{Addrs, Name, Resolve, Resolving},
     redirect::Policy,
 };
@@ -59,6 +59,17 @@ impl Drop for Apart {
     }
 }
 
+/// What all requests of this program have in common, whether or not the guard looks at where they go.
+pub fn plain_client() -> ClientBuilder {
+    tls::install_provider();
+    Client::builder()
+        .user_agent(concat!("mcp-api/", env!("CARGO_PKG_VERSION")))
+        .no_proxy()
+        .redirect(Policy::none())
+        .referer(false)
+        .connect_timeout(limits::REMOTE_CONNECT_TIMEOUT)
+}
+
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum SendError {
@@ -92,13 +103,7 @@ impl Resolve for Guarded {
 impl Outgoing {
     /// A sender behind this guard.
     pub fn new(egress: Egress) -> Self {
-        tls::install_provider();
-        let client = Client::builder()
-            .user_agent(concat!("mcp-api/", env!("CARGO_PKG_VERSION")))
-            .no_proxy()
-            .redirect(Policy::none())
-            .referer(false)
-            .connect_timeout(limits::REMOTE_CONNECT_TIMEOUT)
+        let client = plain_client()
             .pool_idle_timeout(IDLE)
             .dns_resolver(Arc::new(Guarded(egress.clone())))
             .build()

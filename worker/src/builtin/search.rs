@@ -1,14 +1,14 @@
 //! `web_search`: a question to the operator's own SearXNG. Where that is is not for users to say, so it may be a private
 //! address; what it answers comes from strangers, and is bounded.
 
-use mcp_shared::{config::SearxngUrl, error::shorten, limits, tls};
-use reqwest::{Client, redirect::Policy};
+use mcp_shared::{config::SearxngUrl, error::shorten, limits};
+use reqwest::Client;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 use tokio::time::timeout;
 
 use super::fetch::{BodyError, body};
-use crate::outgoing::chain;
+use crate::outgoing::{chain, plain_client};
 
 /// Results of one page.
 const RESULTS: usize = 100;
@@ -68,15 +68,7 @@ struct One {
 impl Search {
     /// Asks this engine.
     pub fn new(engine: SearxngUrl) -> Self {
-        tls::install_provider();
-        let client = Client::builder()
-            .user_agent(concat!("mcp-api/", env!("CARGO_PKG_VERSION")))
-            .no_proxy()
-            .redirect(Policy::none())
-            .referer(false)
-            .connect_timeout(limits::REMOTE_CONNECT_TIMEOUT)
-            .build()
-            .map_err(|error| chain(&error));
+        let client = plain_client().build().map_err(|error| chain(&error));
         Self { engine, client }
     }
 
