@@ -75,18 +75,25 @@ impl Rounds {
         median(pairs.map(|(one, other)| one.per_second / other.per_second))
     }
 
-    /// The median latency of a path.
-    pub fn p50(&self, path: Path) -> f64 {
-        median(self.of(path).iter().map(|one| one.p50_ms))
+    /// The median of how many milliseconds the median latency of a path is above those of others together, in the same
+    /// round: the machine may be faster in one round than in the next.
+    pub fn p50_above(&self, path: Path, others: &[Path]) -> f64 {
+        let above = |(round, own): (usize, &Summary)| {
+            let rest = others.iter().filter_map(|other| self.of(*other).get(round));
+            own.p50_ms - rest.map(|other| other.p50_ms).sum::<f64>()
+        };
+        median(self.of(path).iter().enumerate().map(above))
     }
 }
 
 /// Runs.
 pub async fn run(context: &Context<'_>) -> Result<Outcome> {
     let (rounds, seconds) = context.size((3, 3), (1, 1));
+    // A median of tenths of a millisecond is a matter of what else the machine does, and is judged by differences.
+    let rounds_of_one = context.size(9, 1);
     let text = format!(
         "Callers who make their next call when the last one is answered, each with a kept-alive connection; a text of 100 \
-         bytes; {rounds} rounds of {seconds} s by each path in turns, medians. `of floor` is the ratio of calls per second to \
+         bytes; {rounds} rounds of {seconds} s by each path in turns ({rounds_of_one} with one caller), medians. `of floor` is the ratio of calls per second to \
          those of the path's floor in the same round: floor-http for the single node and mcpo, floor-cluster for the \
          cluster, direct stdio for floor-http, and floor-http for floor-cluster."
     );
@@ -108,6 +115,7 @@ pub async fn run(context: &Context<'_>) -> Result<Outcome> {
     let mut measured = Vec::new();
     for callers in CALLERS {
         let time = Duration::from_secs(seconds);
+        let rounds = if callers == 1 { rounds_of_one } else { rounds };
         let rounds = Rounds::measure(&targets, callers, &Call::echo(100), rounds, time).await?;
         for (path, summary) in rounds.medians() {
             let of_floor = path.floor().map(|floor| rounds.ratio(path, floor));
@@ -175,7 +183,7 @@ fn budgets(context: &Context<'_>, measured: &[(usize, Rounds)]) -> Vec<Budget> {
             ratio,
             SINGLE_OF_FLOOR,
         ));
-        let adds = one.p50(Path::Single) - one.p50(Path::Direct);
+        let adds = one.p50_above(Path::Single, &[Path::Direct]);
         let what = "single node, p50 above direct stdio, 1 caller";
         budgets.push(Budget::at_most(what, adds, SINGLE_ADDS_MS).unit("ms"));
     }
@@ -188,7 +196,7 @@ fn budgets(context: &Context<'_>, measured: &[(usize, Rounds)]) -> Vec<Budget> {
         ));
     }
     if there(Path::Cluster) && there(Path::Single) {
-        let adds = one.p50(Path::Cluster) - one.p50(Path::Single) - one.p50(Path::Handshake);
+        let adds = one.p50_above(Path::Cluster, &[Path::Single, Path::Handshake]);
         let what = "cluster, p50 above single node and two round trips, 1 caller";
         budgets.push(Budget::at_most(what, adds, CLUSTER_ADDS_MS).unit("ms"));
     }
