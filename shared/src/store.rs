@@ -222,6 +222,9 @@ impl Collection {
 /// The field of a [`Document`] that says which server it is about.
 pub(crate) const SERVER: &str = "serverName";
 
+/// The field by which mcp-api tells registrations with one authorization server apart, beside those of their key.
+pub(crate) const ORIGIN: &str = "publicApiOrigin";
+
 /// The field of a [`Document`] that says whether it is active. It counts only where it is `true`.
 pub(crate) const ACTIVE: &str = "active";
 
@@ -303,6 +306,9 @@ pub trait Store: Send + Sync + 'static {
 
     /// A user's secrets for one server, by name.
     async fn secrets(&self, user: &UserId, server: &ServerName) -> Result<Vec<SealedSecret>, StoreError>;
+
+    /// A user's secret that mcp-api keeps under a key of its own, which names no server.
+    async fn bare_secret(&self, user: &UserId, key: &str) -> Result<Option<SecretRow>, StoreError>;
 
     /// How many users stored secrets for a server.
     async fn users_with_secrets(&self, server: &ServerName) -> Result<u64, StoreError>;

@@ -19,6 +19,7 @@ use crate::{
 };
 
 mod api_keys;
+mod google;
 mod idempotency;
 mod keys;
 mod opening;

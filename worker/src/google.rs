@@ -2,7 +2,7 @@
 
 use mcp_shared::{
     error::{ErrorCode, Outcome, WorkerError},
-    google::{EXCHANGE_TOOL, GoogleFlow, TOKENS_SECRET, TYPE, URL_TOOL},
+    google::{GoogleFlow, TYPE},
     ids::{SecretName, ToolName, UserId},
     server::ServerRecord,
 };
@@ -29,9 +29,8 @@ pub async fn hidden(
         is_json: true,
     };
     let mut hidden = vec![document(flow.credentials, credentials.json().clone())];
-    // A user who logs in has no tokens yet.
-    if ![URL_TOOL, EXCHANGE_TOOL].contains(&tool.as_str()) {
-        let tokens = host.secrets.one(user, record, TOKENS_SECRET).await?;
+    if GoogleFlow::needs_tokens(tool) {
+        let tokens = host.secrets.google_tokens(user, record).await?;
         let tokens = tokens.ok_or_else(|| {
             let text = format!("Log in to Google for server {}: the user has not yet", record.name);
             failed(ErrorCode::ReauthRequired, &text, record)
@@ -39,7 +38,7 @@ pub async fn hidden(
                 .with("authType", TYPE)
         })?;
         if !matches!(serde_json::from_str(tokens.expose_secret()), Ok(Value::Object(_))) {
-            let text = "The stored GOOGLE_OAUTH_TOKENS are not a JSON object; log in to Google again";
+            let text = "The stored tokens for Google are not a JSON object; log in to Google again";
             return Err(failed(ErrorCode::ReauthRequired, text, record)
                 .with("username", user.as_str())
                 .with("authType", TYPE));

@@ -9,6 +9,7 @@ use std::{
 use mcp_shared::{
     builtin,
     error::{ErrorCode, Outcome, WorkerError},
+    google::GoogleFlow,
     ids::{SecretName, ServerName, ToolName, UserId},
     json::RawJson,
     limits,
@@ -198,7 +199,13 @@ impl Entry {
                 host.secrets.forget_server(&self.name);
                 false
             }
-            Some(new) => new.enabled && !old.needs_restart(new),
+            Some(new) => {
+                // What is read of users' secrets depends on it.
+                if GoogleFlow::of(new).is_some() != GoogleFlow::of(&old).is_some() {
+                    host.secrets.forget_server(&self.name);
+                }
+                new.enabled && !old.needs_restart(new)
+            }
         };
         let other_package =
             stored.as_ref().is_none_or(|new| new.package != old.package) && old.package.is_some();

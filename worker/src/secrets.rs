@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use mcp_shared::{
+    crypter::CryptoError,
     error::{ErrorCode, WorkerError},
     google::{GoogleFlow, TOKENS_SECRET},
     ids::{SecretName, ServerName, UserId},
@@ -51,7 +52,7 @@ impl SecretCache {
         user: &UserId,
         record: &ServerRecord,
     ) -> Result<Vec<OpenSecret>, WorkerError> {
-        let sealed = self.sealed(user, &record.name).await?;
+        let sealed = self.sealed(user, record).await?;
         let named = record.secret_names.as_deref().filter(|names| !names.is_empty());
         let google = GoogleFlow::of(record).is_some();
         sealed
@@ -69,23 +70,32 @@ impl SecretCache {
             .collect()
     }
 
-    /// One of the user's secrets for a server, by its name.
-    pub async fn one(
+    /// What the user has at Google, for a server that acts for its users there.
+    pub async fn google_tokens(
         &self,
         user: &UserId,
         record: &ServerRecord,
-        name: &str,
     ) -> Result<Option<SecretString>, WorkerError> {
-        let sealed = self.sealed(user, &record.name).await?;
-        let found = sealed.iter().find(|secret| secret.secret_name.as_str() == name);
-        found.map(|secret| self.open(secret)).transpose()
+        let sealed = self.sealed(user, record).await?;
+        let found = sealed.iter().find(|secret| secret.secret_name.as_str() == TOKENS_SECRET);
+        let open = |secret: &SealedSecret| {
+            self.vault.open_google_tokens(secret).map_err(|error| integrity(secret, error))
+        };
+        found.map(open).transpose()
     }
 
     fn open(&self, secret: &SealedSecret) -> Result<SecretString, WorkerError> {
-        self.vault.open_secret(secret).map_err(|error| {
-            let error = VaultError::Integrity { what: format!("secret {}", secret.key), error };
-            WorkerError::from(error).with("secretName", secret.secret_name.as_str())
-        })
+        self.vault.open_secret(secret).map_err(|error| integrity(secret, error))
+    }
+
+    /// What is stored for a server, and for one that acts at Google what mcp-api stored for all such servers.
+    async fn stored(&self, user: &UserId, record: &ServerRecord) -> Result<Vec<SealedSecret>, VaultError> {
+        let mut sealed = self.vault.sealed_secrets(user, &record.name).await?;
+        let has_tokens = sealed.iter().any(|secret| secret.secret_name.as_str() == TOKENS_SECRET);
+        if !has_tokens && GoogleFlow::of(record).is_some() {
+            sealed.extend(self.vault.google_tokens_of_mcp_api(user, &record.name).await?);
+        }
+        Ok(sealed)
     }
 
     /// Forgets a user's secrets for a server. What was being read meanwhile is not kept.
@@ -110,8 +120,8 @@ impl SecretCache {
 
     /// A store that does not answer leaves calls of users who have no secrets alone: nobody has said that they
     /// have some now. What is known of others serves for a while.
-    async fn sealed(&self, user: &UserId, server: &ServerName) -> Result<Arc<[SealedSecret]>, WorkerError> {
-        let key = (user.clone(), server.clone());
+    async fn sealed(&self, user: &UserId, record: &ServerRecord) -> Result<Arc<[SealedSecret]>, WorkerError> {
+        let key = (user.clone(), record.name.clone());
         let usable = |sealed: &Arc<[SealedSecret]>| sealed.is_empty() || !self.remembered.is_outdated();
         let stamp = self.remembered.stamp(&key);
         // What needs a key that this worker had to forget has been encrypted anew, and is not what is stored.
@@ -126,7 +136,7 @@ impl SecretCache {
             meters::secrets_from(SecretSource::Memory);
             return Ok(Arc::clone(sealed));
         }
-        let sealed: Arc<[SealedSecret]> = match self.vault.sealed_secrets(user, server).await {
+        let sealed: Arc<[SealedSecret]> = match self.stored(user, record).await {
             Ok(sealed) => {
                 meters::secrets_from(SecretSource::Store);
                 sealed.into()
@@ -148,6 +158,11 @@ impl SecretCache {
         self.remembered.put(&key, stamp, Arc::clone(&sealed));
         Ok(sealed)
     }
+}
+
+fn integrity(secret: &SealedSecret, error: CryptoError) -> WorkerError {
+    let error = VaultError::Integrity { what: format!("secret {}", secret.key), error };
+    WorkerError::from(error).with("secretName", secret.secret_name.as_str())
 }
 
 /// The arguments with the secrets in them, which win over arguments of the same name. Everything else

@@ -314,15 +314,15 @@ async fn a_user_lets_a_server_act_at_google() {
     let credentials: Value = serde_json::from_str(CREDENTIALS).unwrap();
     let tokens = json!({"access_token": "access-good-code-canary", "refresh_token": "refresh-good-code-canary",
         "token_type": "Bearer"});
-    let expected = json!({"q": 1, "googleOAuthCredentials": credentials, "googleOAuthTokens": tokens});
+    let expected = json!({"q": 1, "gauthFileContent": credentials, "userCredentials": tokens});
     assert_eq!(arguments(&api, "user 1", "workspace").await, expected);
     api.call_as("other", "workspace", "args", json!({})).await.fails(401, "reauth_required");
     // A caller cannot bring tokens of its own, and secrets go along as for any server.
     api.set_secret("user 1", "workspace", "K", "v").await.ok();
-    let own = json!({"q": 1, "googleOAuthTokens": "mine"});
+    let own = json!({"q": 1, "userCredentials": "mine"});
     let text = api.call_as("user 1", "workspace", "args", own).await.tool_text();
     let got: Value = serde_json::from_str(&text).unwrap();
-    assert_eq!((&got["googleOAuthTokens"], &got["K"]), (&tokens, &json!("v")));
+    assert_eq!((&got["userCredentials"], &got["K"]), (&tokens, &json!("v")));
     // What the server says out loud is blotted out.
     api.call_as("user 1", "workspace", "log_secret", json!({})).await.ok();
     let begun = Begun::at(&api, "/auth/google/login?user_id=bad&server_name=workspace").await;
@@ -342,7 +342,7 @@ async fn a_user_lets_a_server_act_at_google() {
     open(&api, "/auth/google/login?user_id=x&server_name=absent", None).await.fails(404, "server_not_found");
     api.set_secret("bob", "second", "GOOGLE_OAUTH_TOKENS", r#"{"access_token":"bobs"}"#).await.ok();
     let got = arguments(&api, "bob", "second").await;
-    assert_eq!(got, json!({"q": 1, "auth": {"access_token": "bobs"}, "googleOAuthCredentials": credentials}));
+    assert_eq!(got, json!({"q": 1, "auth": {"access_token": "bobs"}, "gauthFileContent": credentials}));
 }
 
 #[tokio::test]

@@ -46,6 +46,7 @@ metered! {
     Write put_secret(secret: &SealedSecret) -> ();
     Write delete_secret(user: &UserId, server: &ServerName, name: &SecretName) -> bool;
     Read secrets(user: &UserId, server: &ServerName) -> Vec<SealedSecret>;
+    Read bare_secret(user: &UserId, key: &str) -> Option<SecretRow>;
     Read users_with_secrets(server: &ServerName) -> u64;
     Read secrets_after(after: Option<(&str, &str)>, limit: usize) -> Vec<SecretRow>;
     Write reseal_secret(row: &SecretRow, value: &str) -> bool;

@@ -364,6 +364,10 @@ impl Store for MongoStore {
         self.run(self.database.secrets_of(user, server)).await
     }
 
+    async fn bare_secret(&self, user: &UserId, key: &str) -> Result<Option<SecretRow>, StoreError> {
+        self.run(self.database.bare_secret(user, key)).await
+    }
+
     async fn users_with_secrets(&self, server: &ServerName) -> Result<u64, StoreError> {
         self.run(self.database.users_with_secrets(server)).await
     }

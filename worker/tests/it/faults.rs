@@ -129,6 +129,11 @@ impl Store for Faulty {
         self.pass(|store| async move { store.secrets(&user, &server).await }).await
     }
 
+    async fn bare_secret(&self, user: &UserId, key: &str) -> Result<Option<SecretRow>, StoreError> {
+        let (user, key) = (user.clone(), key.to_owned());
+        self.pass(|store| async move { store.bare_secret(&user, &key).await }).await
+    }
+
     async fn users_with_secrets(&self, server: &ServerName) -> Result<u64, StoreError> {
         let server = server.clone();
         self.pass(|store| async move { store.users_with_secrets(&server).await }).await

@@ -213,6 +213,11 @@ impl Store for EmbeddedStore {
         .await
     }
 
+    async fn bare_secret(&self, _: &UserId, _: &str) -> Result<Option<SecretRow>, StoreError> {
+        // mcp-api never wrote here.
+        Ok(None)
+    }
+
     async fn users_with_secrets(&self, server: &ServerName) -> Result<u64, StoreError> {
         let server = server.clone();
         self.read(move |connection| {

@@ -86,6 +86,12 @@ impl Row {
     }
 }
 
+impl From<Row> for SecretRow {
+    fn from(row: Row) -> Self {
+        Self { username: row.username, key: row.key, value: row.value.unwrap_or_default() }
+    }
+}
+
 /// The names of servers that a key could begin with and that are longer than `server`.
 fn longer_names<'a>(key: &'a str, server: &str) -> impl Iterator<Item = &'a str> + use<'a> {
     let start = server.len() + 1;
@@ -305,6 +311,14 @@ impl Database {
         Ok(secrets)
     }
 
+    pub(super) async fn bare_secret(&self, user: &UserId, key: &str) -> Result<Option<SecretRow>, Failure> {
+        // A row that says which server it is for is none of mcp-api's.
+        let mut filter = by_key(user, key);
+        filter.insert(SERVER, doc! { "$exists": false });
+        let found = self.secrets.find_one(filter).await?;
+        Ok(found.as_ref().and_then(Row::read).map(SecretRow::from))
+    }
+
     pub(super) async fn users_with_secrets(&self, server: &ServerName) -> Result<u64, Failure> {
         let (rows, now) = tokio::try_join!(self.rows_of(None, server), self.incarnation(server.as_str()))?;
         let Some(now) = now else { return Ok(0) };
@@ -329,12 +343,7 @@ impl Database {
         filter.insert(ANCIENT, doc! { "$exists": false });
         let found = self.secrets.find(filter).sort(doc! { "username": 1, "key": 1 });
         let rows = collect(found.limit(i64::try_from(limit).unwrap_or(i64::MAX)).await?).await?;
-        let read = |row: Row| SecretRow {
-            username: row.username,
-            key: row.key,
-            value: row.value.unwrap_or_default(),
-        };
-        Ok(rows.iter().filter_map(Row::read).map(read).collect())
+        Ok(rows.iter().filter_map(Row::read).map(SecretRow::from).collect())
     }
 
     pub(super) async fn reseal_secret(&self, row: &SecretRow, value: &str) -> Result<bool, Failure> {
