@@ -6,6 +6,7 @@ mod discovery;
 mod http;
 mod login;
 mod refresh;
+mod template;
 #[cfg(test)]
 mod tests;
 
@@ -31,7 +32,9 @@ use url::Url;
 
 use self::{
     cache::{Cache, Key, Tokens},
+    discovery::Found,
     refresh::Flight,
+    template::Template,
 };
 use crate::{outgoing::Outgoing, remembered};
 
@@ -187,7 +190,7 @@ impl OAuth {
         match ask {
             RemoteAsk::Issuer { server } => {
                 let record = self.0.remote(&server).await?;
-                let found = discovery::discover(&self.0.http, url_of(&record), None).await;
+                let found = self.0.authorization_server(&record).await;
                 Ok(RemoteAnswer::Issuer { issuer: found.ok().map(|found| found.issuer) })
             }
             RemoteAsk::BeginLogin(begin) => self.0.begin_login(begin).await,
@@ -203,6 +206,14 @@ impl OAuth {
 }
 
 impl Inner {
+    /// The authorization server of a remote server: the one that it names, unless its record says better.
+    async fn authorization_server(&self, record: &ServerRecord) -> Result<Found, WorkerError> {
+        match Template::of(record, self.vault.crypter().mode()) {
+            Some(template) => template.found(&self.http, record).await,
+            None => discovery::discover(&self.http, url_of(record)).await,
+        }
+    }
+
     /// Refuses tokens that were given for another place than the one where the server is now.
     fn for_here(&self, key: &Key, record: &ServerRecord, tokens: &Tokens) -> Result<(), WorkerError> {
         let origin = |url: &str| Url::parse(url).ok().map(|url| url.origin());

@@ -71,29 +71,32 @@ impl Granted {
     }
 }
 
-/// Finds the authorization server of the remote server at `url`. `challenge` is what the remote server
-/// answered a request with that it refused, where that is known.
-pub async fn discover(outgoing: &Outgoing, url: &str, challenge: Option<&str>) -> Result<Found, WorkerError> {
-    let base = outgoing.egress().check(url).map_err(|error| {
-        WorkerError::new(ErrorCode::BlockedAddress, shorten(&error.to_string(), 128))
-            .outcome(Outcome::NotStarted)
-    })?;
+/// Finds the authorization server of the remote server at `url`.
+pub async fn discover(outgoing: &Outgoing, url: &str) -> Result<Found, WorkerError> {
+    let base = at(outgoing, url)?;
     let http = Arc::new(Http::new(outgoing.clone(), base.clone()));
-    let found = timeout(limits::OAUTH_TIMEOUT, find(base, &http, challenge)).await;
+    let found = timeout(limits::OAUTH_TIMEOUT, find(base, &http)).await;
     found.unwrap_or_else(|_| {
         let text = "The remote server or its authorization server does not answer in time";
         Err(WorkerError::new(ErrorCode::UpstreamUnavailable, text).outcome(Outcome::NotStarted))
     })
 }
 
-async fn find(base: Url, http: &Arc<Http>, challenge: Option<&str>) -> Result<Found, WorkerError> {
+/// The address of a remote server, if it is one that may be spoken to.
+pub fn at(outgoing: &Outgoing, url: &str) -> Result<Url, WorkerError> {
+    outgoing.egress().check(url).map_err(|error| {
+        WorkerError::new(ErrorCode::BlockedAddress, shorten(&error.to_string(), 128))
+            .outcome(Outcome::NotStarted)
+    })
+}
+
+async fn find(base: Url, http: &Arc<Http>) -> Result<Found, WorkerError> {
     let client = Arc::clone(http) as Arc<dyn OAuthHttpClient>;
     let mut manager = AuthorizationManager::new_with_oauth_http_client(base.clone(), client)
         .await
         .map_err(|error| failed(http, &error))?;
-    let mut resolved = manager.resolve_metadata_from_challenge(challenge).await;
-    let undiscovered = resolved.as_ref().is_ok_and(|resolved| !resolved.source.is_discovered());
-    if undiscovered && challenge.is_none() {
+    let mut resolved = manager.resolve_metadata_from_challenge(None).await;
+    if resolved.as_ref().is_ok_and(|resolved| !resolved.source.is_discovered()) {
         // Some servers ask for a login only where a session begins.
         let challenge = http.knock().await;
         if challenge.is_some() {
@@ -106,7 +109,7 @@ async fn find(base: Url, http: &Arc<Http>, challenge: Option<&str>) -> Result<Fo
         (None, true) => return Err(login_failed("The authorization server does not say what it is called")),
         // Servers of 2025-03-26 may name nothing, and have endpoints of fixed names. Only one that asks for
         // a login is taken for such.
-        (_, false) if challenge.is_some() || http.challenged() => base.origin().ascii_serialization(),
+        (_, false) if http.challenged() => base.origin().ascii_serialization(),
         (_, false) => {
             return Err(login_failed(
                 "The remote server neither names an authorization server nor asks for a login",
@@ -114,14 +117,19 @@ async fn find(base: Url, http: &Arc<Http>, challenge: Option<&str>) -> Result<Fo
         }
     };
     let metadata = resolved.metadata;
-    let secure = |endpoint: &str| !issuer.starts_with("https:") || endpoint.starts_with("https:");
-    for endpoint in [Some(&metadata.token_endpoint), metadata.registration_endpoint.as_ref()] {
-        if !endpoint.is_none_or(|endpoint| secure(endpoint)) {
-            return Err(login_failed("The authorization server wants secrets sent without encryption"));
-        }
-    }
+    encrypts(&issuer, &metadata)?;
     manager.set_metadata(metadata.clone());
     Ok(Found { manager, http: Arc::clone(http), issuer, metadata })
+}
+
+/// Refuses an authorization server with TLS that has secrets sent to it without.
+pub fn encrypts(issuer: &str, metadata: &AuthorizationMetadata) -> Result<(), WorkerError> {
+    let endpoints = [Some(&metadata.token_endpoint), metadata.registration_endpoint.as_ref()];
+    let in_clear = |endpoint: &String| issuer.starts_with("https:") && !endpoint.starts_with("https:");
+    if endpoints.into_iter().flatten().any(in_clear) {
+        return Err(login_failed("The authorization server wants secrets sent without encryption"));
+    }
+    Ok(())
 }
 
 impl Found {

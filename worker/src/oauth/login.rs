@@ -21,7 +21,7 @@ use url::Url;
 use super::{
     Inner,
     cache::Key,
-    discovery::{Found, Granted, discover, failed, login_failed},
+    discovery::{Found, Granted, failed, login_failed},
     same_issuer, url_of,
 };
 
@@ -59,7 +59,7 @@ impl Inner {
             WorkerError { outcome: None, ..error }.with("serverName", begin.server.as_str())
         };
         let url = url_of(&record).to_owned();
-        let mut found = discover(&self.http, &url, None).await.map_err(named)?;
+        let mut found = self.authorization_server(&record).await.map_err(named)?;
         let given = record.oauth_client.as_ref().map(|given| given.scopes.clone());
         let scopes = match given.filter(|scopes| !scopes.is_empty()) {
             Some(scopes) => scopes,
@@ -184,7 +184,7 @@ impl Inner {
         if url_of(&record) != proof.url {
             return Err(named(login_failed("The server's address was changed while the user logged in")));
         }
-        let mut found = discover(&self.http, &proof.url, None).await.map_err(named)?;
+        let mut found = self.authorization_server(&record).await.map_err(named)?;
         if !same_issuer(&found.issuer, &proof.issuer) {
             return Err(named(login_failed("The remote server names another authorization server now")));
         }

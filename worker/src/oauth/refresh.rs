@@ -33,7 +33,7 @@ use tokio::time::{Instant, sleep, timeout};
 use super::{
     Inner, PAUSE, SHORT_PAUSE,
     cache::{Key, Tokens},
-    discovery::{Granted, discover, login_failed},
+    discovery::{Granted, login_failed},
     not_started, reauth, same_issuer, url_of,
 };
 use crate::meters;
@@ -203,7 +203,7 @@ impl Inner {
             (None, None) => return Err(Refusal::Final("no clientId is stored with the tokens".to_owned())),
         };
         let url = url_of(record);
-        let mut found = discover(&self.http, url, None).await.map_err(Refusal::Passing)?;
+        let mut found = self.authorization_server(record).await.map_err(Refusal::Passing)?;
         // Tokens of mcp-api's do not say who gave them; its record of the server may.
         let giver = tokens
             .issuer
