@@ -125,6 +125,7 @@ fn print(report: &Report, json: bool) {
     for (fate, title) in [
         (Fate::Kept, "kept"),
         (Fate::Changed, done),
+        (Fate::Later, "left to workers, which do it as soon as they run"),
         (Fate::Attention, "not as before, or for somebody to look at"),
     ] {
         let notes: Vec<_> = report.notes.iter().filter(|note| note.fate == fate).collect();
@@ -153,8 +154,13 @@ fn print(report: &Report, json: bool) {
             let _ = writeln!(out, "  {} ({})", left.what, left.reason);
         }
     }
-    let _ =
-        writeln!(out, "\n{}", if report.dry_run { "Nothing was changed." } else { "All of that was done." });
+    let changed = report.notes.iter().any(|note| note.fate == Fate::Changed);
+    let outcome = match (report.dry_run, changed) {
+        (true, _) => "Nothing was changed.",
+        (false, true) => "What stands there as done was done.",
+        (false, false) => "There was nothing to change.",
+    };
+    let _ = writeln!(out, "\n{outcome}");
     if report.legacy_mode == LegacyMode::Rw.as_str() {
         let _ = writeln!(
             out,

@@ -8,7 +8,7 @@ use super::{
     failure::{Failure, is_duplicate},
     servers::collect,
 };
-use crate::store::{Collection, StoreError};
+use crate::store::{Collection, ORIGIN, StoreError};
 
 /// The fields of which mcp-api's collections have one document each.
 pub(super) fn parts(collection: Collection) -> Option<[&'static str; 2]> {
@@ -25,9 +25,15 @@ pub(super) fn parts(collection: Collection) -> Option<[&'static str; 2]> {
     }
 }
 
+/// A further field by which mcp-api tells documents apart that have the same parts.
+pub(super) fn distinguished_by(collection: Collection) -> Option<&'static str> {
+    (collection == Collection::OAuthClients).then_some(ORIGIN)
+}
+
 impl Database {
     /// Gives a key to every document that has none. Of several for one key the one that was written last
-    /// stays.
+    /// has it, and the others go; but those that are not the same to mcp-api stay, under keys that nobody here
+    /// looks for.
     pub(super) async fn adopt(&self) -> Result<(), Failure> {
         for collection in Collection::ALL {
             if let Some(parts) = parts(collection) {
@@ -40,7 +46,9 @@ impl Database {
     async fn adopt_documents(&self, collection: Collection, parts: [&str; 2]) -> Result<(), Failure> {
         let rows = self.documents(collection).clone_with_type::<Document>();
         let field = collection.key();
-        let shown = doc! { parts[0]: 1, parts[1]: 1, "updatedAt": 1 };
+        let mut shown = doc! { parts[0]: 1, parts[1]: 1, "updatedAt": 1 };
+        let further = distinguished_by(collection);
+        shown.extend(further.map(|field| (field.to_owned(), Bson::Int32(1))));
         // It fits a field that is missing, too.
         let keyless = doc! { field: Bson::Null };
         let raw = self.documents(collection);
@@ -57,21 +65,26 @@ impl Database {
                 continue;
             };
             let key = Collection::key_of(&[first, second]);
-            let own = by_id(&row);
             if let Some(other) =
                 rows.find_one(doc! { field: { "$eq": &key } }).projection(shown.clone()).await?
             {
                 let other_stays = written(&other) > written(&row);
-                tracing::warn!(
-                    row.collection = rows.name(), row.key = ?key,
-                    "a row was stored twice: the older one is removed"
-                );
-                rows.delete_one(if other_stays { own.clone() } else { by_id(&other) }).await?;
+                let (stays, goes) = if other_stays { (&other, &row) } else { (&row, &other) };
+                let third = |row: &Document| row.get_str(further?).ok().map(str::to_owned);
+                let aside = third(goes).filter(|_| third(goes) != third(stays));
+                let aside = aside.map(|third| Collection::key_of(&[first, second, &third]));
+                if !Self::set_aside(&rows, goes, field, aside).await? {
+                    tracing::warn!(
+                        row.collection = rows.name(), row.key = ?key,
+                        "a row was stored twice: the older one is removed"
+                    );
+                    rows.delete_one(by_id(goes)).await?;
+                }
                 if other_stays {
                     continue;
                 }
             }
-            let mut without = own;
+            let mut without = by_id(&row);
             without.insert(field, Bson::Null);
             match rows.update_one(without, doc! { "$set": { field: key } }).await {
                 // Somebody stored a document with the key just now. It is the newer one, and the next start
@@ -81,6 +94,20 @@ impl Database {
             }
         }
         Ok(())
+    }
+
+    /// Gives a row another key than the one that its fields give it; says whether there is one for it.
+    async fn set_aside(
+        rows: &mongodb::Collection<Document>,
+        row: &Document,
+        field: &str,
+        key: Option<String>,
+    ) -> Result<bool, Failure> {
+        let Some(key) = key else { return Ok(false) };
+        match rows.update_one(by_id(row), doc! { "$set": { field: key } }).await {
+            Err(error) if is_duplicate(&error) => Ok(false),
+            outcome => Ok(outcome.map(|_| true)?),
+        }
     }
 }
 

@@ -19,18 +19,21 @@ use super::{
 use crate::{
     crypter::{is_legacy, is_sealed},
     error::shorten,
+    google,
     ids::ServerName,
     launch::LaunchRules,
     limits,
     package::{Runtime, names},
     server::{ServerRecord, Transport},
-    store::{Collection, Fact, StoreError},
+    store::{Collection, StoreError},
 };
 
 /// Names that are listed of each kind. There may be thousands, and the count says how many.
 const NAMED: usize = 20;
 /// Fields of servers that say how one was doing when it was last written.
 const PASSING: [&str; 3] = ["status", "logs", "toolsList"];
+/// Fields of servers that are used although no record of ours has them.
+const ADOPTED: [&str; 1] = ["oauthTemplate"];
 /// Locks of mcp-api, which end by themselves.
 const LOCKS: &str = "mcpDcrProvisioningLocks";
 
@@ -42,6 +45,8 @@ pub enum Fate {
     Kept,
     /// The first start changes something for it.
     Changed,
+    /// Workers do something for it once they run.
+    Later,
     /// It is kept, and does not work as before or needs somebody.
     Attention,
 }
@@ -197,8 +202,9 @@ impl Database {
         notes.count(Fate::Kept, text, foreign);
         notes.count(Fate::Kept, CLEAR, clear);
         let unknown: HashSet<&String> = servers.iter().flat_map(|server| server.extra.keys()).collect();
+        let known = [&PASSING[..], &ADOPTED[..]].concat();
         let mut unknown: Vec<_> =
-            unknown.into_iter().filter(|field| !PASSING.contains(&field.as_str())).collect();
+            unknown.into_iter().filter(|field| !known.contains(&field.as_str())).collect();
         unknown.sort();
         for field in unknown {
             let text = "fields of servers that this version does not use; they are kept";
@@ -240,10 +246,8 @@ impl Database {
                 let text = "packages whose server is gone; they are left as they are";
                 notes.attention(text, "delete them: DELETE /packages/:name", label);
             } else if valid {
-                notes.changed(
-                    "packages that workers install anew, in the version that their records have",
-                    label,
-                );
+                let text = "packages that workers install anew, in the version that their records have";
+                notes.name(Fate::Later, text, None, label);
             } else {
                 let text = "packages whose name or version is none here; they are not installed, and their servers \
                             run only where their files are";
@@ -300,6 +304,11 @@ impl Database {
                 .collect();
             match (&row.owner, fits.as_slice()) {
                 (Some(_), _) | (None, [_]) => {}
+                (None, []) if row.key == google::TOKENS_OF_MCP_API => {
+                    let text = "users' tokens for Google; servers with MCP_AUTH_TYPE=OAUTH2_GOOGLE get them until the \
+                                user logs in again";
+                    notes.name(Fate::Kept, text, None, &row.username);
+                }
                 (None, []) => {
                     let text = "secrets of no registered server; they are kept, and no call gets them";
                     notes.attention(text, "set them for the server that needs them", &label);
@@ -372,7 +381,8 @@ impl Database {
             let label = format!("{} of {second}, {first}", collection.name());
             count += 1;
             keyless += usize::from(text(collection.key()).is_none());
-            if !seen.insert((first.to_owned(), second.to_owned())) {
+            let third = adoption::distinguished_by(collection).and_then(text);
+            if !seen.insert((first.to_owned(), second.to_owned(), third.map(str::to_owned))) {
                 notes.changed(TWICE, &label);
             }
             for field in fields {
@@ -411,13 +421,9 @@ impl Database {
     async fn survey_rest(&self, notes: &mut Notes) -> Result<(), Failure> {
         let mut collections = self.database.list_collection_names().await?;
         collections.sort();
-        let facts = [Fact::AppState, Fact::KeyRing].map(Fact::collection);
-        let own = ["mcp", self.secrets.name(), "mcpTools", "leases", "probe", INSTALLS, LOCKS];
+        let own = self.collections();
         let known = |name: &str| {
-            own.contains(&name)
-                || facts.contains(&name)
-                || Collection::ALL.iter().any(|collection| collection.name() == name)
-                || name.starts_with("system.")
+            own.contains(&name) || [INSTALLS, LOCKS].contains(&name) || name.starts_with("system.")
         };
         for name in collections.iter().filter(|name| !known(name)) {
             notes.name(
@@ -463,8 +469,8 @@ impl Database {
     pub(super) async fn legacy_rows(&self) -> Result<u64, Failure> {
         let mut count = self.legacy_secrets().await?;
         for (collection, fields) in [
-            (Collection::OAuthTokens, &["accessToken", "refreshToken", "clientSecret"][..]),
-            (Collection::OAuthClients, &["clientSecret"][..]),
+            (Collection::OAuthTokens, &["accessToken", "refreshToken", "clientSecret", "codeVerifier"][..]),
+            (Collection::OAuthClients, &["clientSecret", "registrationAccessToken"][..]),
         ] {
             let format = |field: &&str| doc! { *field: { "$regex": super::secrets::LEGACY_VALUE } };
             let filter = doc! { "$or": fields.iter().map(format).collect::<Vec<_>>() };
