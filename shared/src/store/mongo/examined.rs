@@ -5,7 +5,10 @@ use std::time::{Duration, Instant};
 use mongodb::bson::{Bson, Document, doc};
 
 use super::{MongoStore, failure::Failure};
-use crate::{store::StoreError, timestamp::Timestamp};
+use crate::{
+    store::{Collection, Fact, StoreError},
+    timestamp::Timestamp,
+};
 
 /// What a user has to be allowed to do in the database.
 const ACTIONS: [&str; 5] = ["find", "insert", "update", "remove", "createIndex"];
@@ -74,24 +77,66 @@ impl super::Database {
             round_trip,
             skew,
             user: user.map(str::to_owned),
-            missing: privileges.map(|all| self.missing(all)),
+            missing: privileges.map(|all| missing(self.database.name(), &self.collections(), all)),
         })
     }
 
-    fn missing(&self, privileges: &[Bson]) -> Vec<&'static str> {
-        let ours = |resource: &Document| {
-            let database = resource.get_str("db").is_ok_and(|db| db.is_empty() || db == self.database.name());
-            let everything = resource.get_str("collection").is_ok_and(str::is_empty);
-            resource.get_bool("anyResource").unwrap_or(false) || database && everything
+    /// The collections that this program writes.
+    pub(super) fn collections(&self) -> Vec<&str> {
+        let rows = [&self.servers, &self.secrets, &self.tools].map(mongodb::Collection::name);
+        let documents = [&self.leases, &self.probe].map(mongodb::Collection::name);
+        let facts = [Fact::AppState, Fact::KeyRing].map(Fact::collection);
+        rows.into_iter().chain(documents).chain(facts).chain(Collection::ALL.map(Collection::name)).collect()
+    }
+}
+
+/// What is not allowed in each of the collections of a database, by one privilege or another.
+fn missing(database: &str, collections: &[&str], privileges: &[Bson]) -> Vec<&'static str> {
+    let privileges: Vec<&Document> = privileges.iter().filter_map(Bson::as_document).collect();
+    let concerns = |resource: &Document, collection: &str| {
+        let named = |field: &str, name: &str| {
+            resource.get_str(field).is_ok_and(|text| text.is_empty() || text == name)
         };
-        let allowed = |action: &str| {
-            privileges.iter().filter_map(Bson::as_document).any(|privilege| {
-                privilege.get_document("resource").is_ok_and(ours)
-                    && privilege
-                        .get_array("actions")
-                        .is_ok_and(|all| all.iter().any(|one| matches!(one.as_str(), Some(known) if known == action || known == "anyAction")))
-            })
-        };
-        ACTIONS.into_iter().filter(|action| !allowed(action)).collect()
+        resource.get_bool("anyResource").unwrap_or(false)
+            || named("db", database) && named("collection", collection)
+    };
+    let permits = |privilege: &Document, action: &str| {
+        let actions = privilege.get_array("actions").map(Vec::as_slice).unwrap_or_default();
+        actions.iter().filter_map(Bson::as_str).any(|one| one == action || one == "anyAction")
+    };
+    let allowed = |collection: &str, action: &str| {
+        privileges.iter().any(|privilege| {
+            let here = privilege.get_document("resource").is_ok_and(|one| concerns(one, collection));
+            here && permits(privilege, action)
+        })
+    };
+    let everywhere = |action: &&str| collections.iter().all(|collection| allowed(collection, action));
+    ACTIONS.into_iter().filter(|action| !everywhere(action)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn privilege(database: &str, collection: &str, actions: &[&str]) -> Bson {
+        doc! { "resource": { "db": database, "collection": collection }, "actions": actions }.into()
+    }
+
+    #[test]
+    fn roles_may_be_for_a_database_or_for_each_collection() {
+        let ours = ["mcp", "secrets"];
+        let missing = |privileges: &[Bson]| missing("db", &ours, privileges);
+        assert_eq!(missing(&[privilege("db", "", &ACTIONS)]), [""; 0]);
+        assert_eq!(missing(&[privilege("", "", &["anyAction"])]), [""; 0]);
+        assert_eq!(
+            missing(&[doc! { "resource": { "anyResource": true }, "actions": ["anyAction"] }.into()]),
+            [""; 0]
+        );
+        let each = ours.map(|collection| privilege("db", collection, &ACTIONS));
+        assert_eq!(missing(&each), [""; 0]);
+        assert_eq!(missing(&each[..1]), ACTIONS);
+        let reads = privilege("db", "", &["find"]);
+        assert_eq!(missing(&[reads.clone(), each[0].clone()]), ACTIONS[1..]);
+        assert_eq!(missing(&[reads, privilege("other", "", &["anyAction"])]), ACTIONS[1..]);
     }
 }
