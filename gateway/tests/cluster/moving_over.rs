@@ -26,6 +26,10 @@ use crate::{
 
 /// What mcp-api encrypts with if nobody ever set anything.
 const KEY: &str = "secret";
+/// What Google gives to an application.
+const CREDENTIALS: &str = r#"{"web":{"client_id":"app.example","client_secret":"of the application"}}"#;
+/// What mcp-api keeps of a user's login there.
+const AT_GOOGLE: &str = r#"{"access_token":"ya29.alice","refresh_token":"1//alice"}"#;
 /// A key ring of ours.
 const RING: &str = "main:obLD1OX2BxgpOktcbX6PkKq7zN0RIjNEASPtzf5FZ7o=\n";
 
@@ -91,6 +95,8 @@ async fn everything(database: &Database) -> BTreeMap<String, Vec<String>> {
 struct Elsewhere {
     authorization: Authorization,
     guarded: Remote,
+    /// Says nothing of its authorization server.
+    silent: Remote,
     open: Remote,
     session: String,
 }
@@ -100,6 +106,9 @@ impl Elsewhere {
         let authorization = Authorization::start_with(Settings::default());
         authorization.add_client("client", Some("client-secret"), &["https://example.com/back"]);
         let guarded = Remote::start(FIXTURE, &["--auth", &authorization.issuer()]);
+        let silent = ["--auth", &authorization.issuer(), "--bare-challenge", "--metadata-at", "/nowhere"]
+            .map(str::to_owned);
+        let silent = Remote::start(FIXTURE, &silent.each_ref().map(String::as_str));
         let open = Remote::start(FIXTURE, &[]);
         let client = crate::deployment::client();
         let post = async |session: Option<&str>, body: Value| {
@@ -116,7 +125,7 @@ impl Elsewhere {
         let answer = post(None, hello).await;
         let session = answer.headers()["mcp-session-id"].to_str().unwrap().to_owned();
         post(Some(&session), json!({"jsonrpc": "2.0", "method": "notifications/initialized"})).await;
-        Self { authorization, guarded, open, session }
+        Self { authorization, guarded, silent, open, session }
     }
 }
 
@@ -153,6 +162,18 @@ async fn fill(database: &Database, elsewhere: &Elsewhere) {
     let mut tick = stdio("tick", &format!("{venv}/bin/python"), &["-u", "-m", "tick_tock"], true);
     let path = format!("{venv}/bin:/usr/local/bin:/usr/bin:/bin");
     tick.insert("env", doc! { "PATH": path, "VIRTUAL_ENV": venv, "PYTHONUNBUFFERED": "1" });
+    let mut silent = remote("silent", elsewhere.silent.url());
+    let issuer = elsewhere.authorization.issuer();
+    let template = doc! {
+        "authorizationServerIssuer": &issuer, "authorizationServerMetadataUrl": "", "resourceUri": elsewhere.silent.url(),
+        "authorizationEndpoint": format!("{issuer}/authorize"), "tokenEndpoint": format!("{issuer}/token"),
+        "codeChallengeMethodsSupported": ["S256"], "pkceRequired": true, "discoveryMode": "manual",
+        "registrationMode": "manual", "registrationEndpoint": Bson::Null,
+    };
+    silent.insert("oauthTemplate", template);
+    let mut workspace = stdio("workspace", program, &arguments, true);
+    workspace.insert("secretName", Bson::Null);
+    workspace.insert("env", doc! { "MCP_AUTH_TYPE": "OAUTH2_GOOGLE" });
     let mut asking = remote("asking", elsewhere.open.url());
     asking.insert("secretFields", vec![doc! { "name": "apiKey", "label": "apiKey", "required": true }]);
     asking.insert("enabled", false);
@@ -169,6 +190,8 @@ async fn fill(database: &Database, elsewhere: &Elsewhere) {
             doc! { "name": "damaged", "command": 7 },
             remote("guarded", elsewhere.guarded.url()),
             remote("open", elsewhere.open.url()),
+            silent,
+            workspace,
             asking,
         ])
         .await
@@ -198,18 +221,32 @@ async fn fill(database: &Database, elsewhere: &Elsewhere) {
             secret("bob", "echo.K", foreign),
             secret("alice", "git.hub.TOKEN", encrypted("whose")),
             secret("alice", "UNPREFIXED", encrypted("of no server")),
+            secret("alice", "google_tokens", encrypted(AT_GOOGLE)),
         ])
         .await
         .unwrap();
-    let tokens = elsewhere.authorization.mint("client", "alice", Some(&elsewhere.guarded.url()));
-    let row = doc! {
-        "serverName": "guarded", "username": "alice", "tokenType": "Bearer", "accessToken": encrypted(&tokens.access),
-        "refreshToken": encrypted(tokens.refresh.as_deref().unwrap()), "expiresAt": Bson::Null, "scopes": ["tools"],
-        "clientId": "client", "clientSecret": encrypted("client-secret"), "redirectUri": "https://example.com/back",
-        "codeVerifier": Bson::Null, "tokenEndpointAuthMethod": "client_secret_basic", "registrationMode": "manual",
-        "createdAt": date(), "updatedAt": date(),
+    for (server, remote) in [("guarded", &elsewhere.guarded), ("silent", &elsewhere.silent)] {
+        let tokens = elsewhere.authorization.mint("client", "alice", Some(&remote.url()));
+        let row = doc! {
+            "serverName": server, "username": "alice", "tokenType": "Bearer", "accessToken": encrypted(&tokens.access),
+            "refreshToken": encrypted(tokens.refresh.as_deref().unwrap()), "expiresAt": Bson::Null, "scopes": ["tools"],
+            "clientId": "client", "clientSecret": encrypted("client-secret"), "redirectUri": "https://example.com/back",
+            "codeVerifier": Bson::Null, "tokenEndpointAuthMethod": "client_secret_basic", "registrationMode": "manual",
+            "createdAt": date(), "updatedAt": date(),
+        };
+        database.collection("mcpOAuthTokens").insert_one(row).await.unwrap();
+    }
+    let registration = |origin: &str| {
+        doc! {
+            "issuer": &issuer, "publicApiOrigin": origin, "redirectUri": "https://example.com/back",
+            "clientName": "MissionSquad", "registrationEndpoint": format!("{issuer}/register"),
+            "tokenEndpointAuthMethod": "client_secret_basic", "clientId": origin, "clientSecret": encrypted(origin),
+            "registrationAccessToken": encrypted("manages it"), "grantTypes": ["authorization_code"],
+            "responseTypes": ["code"], "createdAt": date(), "updatedAt": date(),
+        }
     };
-    database.collection("mcpOAuthTokens").insert_one(row).await.unwrap();
+    let registrations = ["https://old.example", "https://new.example"].map(registration);
+    database.collection("mcpDcrClients").insert_many(registrations).await.unwrap();
     let session = doc! {
         "serverName": "open", "username": "alice", "sessionId": &elsewhere.session, "updatedAt": date(),
     };
@@ -260,23 +297,29 @@ async fn a_database_of_mcp_api_moves_over_and_back_and_over() {
     let client = mongodb::Client::with_uri_str(data.mongo()).await.unwrap();
     let database = client.database(data.name());
     fill(&database, &elsewhere).await;
-    let with = || from(&registry).data(&data).alone().env("SECRETS_KEY", KEY);
+    let with = || {
+        let with = from(&registry).data(&data).alone().env("SECRETS_KEY", KEY);
+        with.env("GOOGLE_OAUTH_CREDENTIALS", CREDENTIALS)
+    };
 
     // What would be done is said, and nothing is done.
     let before = everything(&database).await;
     let (status, report) = migrate(with(), &["--dry-run"]).await;
     assert_eq!(everything(&database).await, before);
     assert_eq!((status, &report["legacyMode"]), (Some(1), &json!("rw")), "{report:#}");
-    let expected: [(&str, &str, u64, &str); 17] = [
-        ("kept", "servers", 10, ""),
+    let expected: [(&str, &str, u64, &str); 20] = [
+        ("kept", "servers", 12, ""),
         ("kept", "packages", 3, ""),
-        ("kept", "scaling: singleton", 10, ""),
-        ("kept", "values in clear (variables", 9, ""),
+        ("kept", "scaling: singleton", 12, ""),
+        ("kept", "values in clear (variables", 10, ""),
+        ("kept", "users' tokens for Google", 1, "alice"),
+        ("kept", "registrations with authorization servers", 2, ""),
         ("kept", "names that new ones cannot have", 1, "git.hub"),
         ("kept", "installs of servers by their users", 1, ""),
         ("kept", "collections that this version does not use", 1, "somebodyElses"),
         ("changed", "stored twice", 1, "secret echo.K of alice"),
-        ("changed", "workers install anew", 2, "@acme/clock@1.0.0 of clock"),
+        ("later", "workers install anew", 2, "@acme/clock@1.0.0 of clock"),
+        ("changed", "OAuth tokens that get a field", 2, ""),
         ("changed", "unique indexes", 12, ""),
         ("attention", "does not decrypt", 1, "secret echo.K of bob (tag_mismatch)"),
         ("attention", "fits several servers", 1, "secret git.hub.TOKEN of alice: git.hub"),
@@ -315,6 +358,9 @@ async fn a_database_of_mcp_api_moves_over_and_back_and_over() {
     elsewhere.authorization.expire_all();
     assert_eq!(api.call_as("alice", "guarded", "echo", text.clone()).await.tool_text(), "hi");
     assert_eq!(elsewhere.authorization.refreshes(), 1);
+    assert_eq!(api.call_as("alice", "silent", "echo", text.clone()).await.tool_text(), "hi");
+    assert_eq!(elsewhere.authorization.refreshes(), 2, "by what its record says");
+    acts_at_google(&api).await;
     assert_eq!(api.server("echo").await["scaling"], "singleton");
     assert_eq!(api.server("echo").await["env"]["API_KEY"], "in clear");
     // What is written now mcp-api has to be able to read.
@@ -336,6 +382,33 @@ async fn a_database_of_mcp_api_moves_over_and_back_and_over() {
     ended(&data, &database, &with).await;
 }
 
+/// A user who logged in to Google with mcp-api need not do so again.
+async fn acts_at_google(api: &Deployment) {
+    let told = api.call_as("alice", "workspace", "args", json!({})).await.tool_text();
+    let [credentials, tokens]: [Value; 2] =
+        [CREDENTIALS, AT_GOOGLE].map(|text| serde_json::from_str(text).unwrap());
+    let told: Value = serde_json::from_str(&told).unwrap();
+    assert_eq!(told, json!({"gauthFileContent": credentials, "userCredentials": tokens}));
+    api.call_as("bob", "workspace", "args", json!({})).await.fails(401, "reauth_required");
+    // No other server gets them.
+    assert!(!api.call_as("alice", "echo", "args", json!({})).await.tool_text().contains("ya29"));
+}
+
+/// What is kept of both registrations, which only mcp-api tells apart.
+async fn registrations(database: &Database) -> Vec<[String; 2]> {
+    let rows = database.collection::<Document>("mcpDcrClients");
+    let mut found = rows.find(doc! {}).sort(doc! { "clientId": 1 }).await.unwrap();
+    let mut values = Vec::new();
+    while found.advance().await.unwrap() {
+        let row = found.deserialize_current().unwrap();
+        assert_eq!(row.get_str("clientId").unwrap(), row.get_str("publicApiOrigin").unwrap(), "{row}");
+        values.push(
+            ["clientSecret", "registrationAccessToken"].map(|field| row.get_str(field).unwrap().to_owned()),
+        );
+    }
+    values
+}
+
 /// Goes back: reads every credential as mcp-api reads it.
 async fn reads_as_mcp_api_does(database: &Database, elsewhere: &Elsewhere) {
     let one = async |collection: &str, filter: Document| {
@@ -352,7 +425,13 @@ async fn reads_as_mcp_api_does(database: &Database, elsewhere: &Elsewhere) {
     }
     assert_eq!(text(&row, "tokenEndpointAuthMethod"), "client_secret_basic");
     assert!(row.get_datetime("updatedAt").is_ok() && row["codeVerifier"] == Bson::Null, "{row}");
+    values.push(text(&one("secrets", doc! { "username": "alice", "key": "google_tokens" }).await, "value"));
+    values.extend(registrations(database).await.concat());
     let clear = node("decrypt", KEY, &values);
+    assert_eq!(
+        clear[5..],
+        [AT_GOOGLE, "https://new.example", "manages it", "https://old.example", "manages it"]
+    );
     assert_eq!(clear[..3], ["žluťoučký kůň", "new, and with ü", "client-secret"]);
     assert_eq!(
         elsewhere.authorization.accepts(&clear[3]).as_deref(),
@@ -399,14 +478,17 @@ async fn ended(data: &Data, database: &Database, with: &dyn Fn() -> Builder) {
     let told = api.call_as("alice", "echo", "args", json!({})).await.tool_text();
     assert_eq!(told, r#"{"K":"žluťoučký kůň"}"#);
     assert_eq!(api.server("echo").await["env"]["API_KEY"], "new");
-    for (server, user) in [("guarded", "alice"), ("open", "bob")] {
+    for (server, user) in [("guarded", "alice"), ("silent", "alice"), ("open", "bob")] {
         assert_eq!(
             api.call_as(user, server, "echo", json!({"text": "hi"})).await.tool_text(),
             "hi",
             "{server}"
         );
     }
+    acts_at_google(&api).await;
     assert!(api.stop().await.success());
+    let values = registrations(database).await.concat();
+    assert!(values.len() == 4 && values.iter().all(|value| value.starts_with("$mg1$main$")), "{values:?}");
     let secrets = database.collection::<Document>("secrets");
     let planted = doc! { "$set": { "value": encrypted("planted") } };
     secrets.update_one(doc! { "username": "carol", "key": "echo.K" }, planted).await.unwrap();
@@ -415,7 +497,8 @@ async fn ended(data: &Data, database: &Database, with: &dyn Fn() -> Builder) {
     api.delete("/mcp/servers/guarded").await.ok();
     for collection in ["mcpUserServerInstalls", "mcpOAuthTokens"] {
         let rows = database.collection::<Document>(collection);
-        assert_eq!(rows.count_documents(doc! {}).await.unwrap(), 0, "{collection}");
+        let left = rows.count_documents(doc! { "serverName": "guarded" }).await.unwrap();
+        assert_eq!(left, 0, "{collection}");
     }
     api.call_as("carol", "echo", "args", json!({})).await.fails(500, "secret_integrity");
     let row = secrets.find_one(doc! { "username": "alice", "key": "echo.K" }).await.unwrap().unwrap();
