@@ -10,7 +10,7 @@ use super::browser::Browsers;
 use crate::supervisor::{Supervisor, this_program};
 
 /// How long it may take. A machine that is busy takes seconds for it.
-const PATIENCE: Duration = Duration::from_secs(15);
+const PATIENCE: Duration = Duration::from_secs(20);
 /// How long it may take to be gone, with its folder.
 const END: Duration = Duration::from_secs(3);
 
