@@ -284,7 +284,7 @@ impl Browsers {
         let Streams { stdin, stdout, stderr } = streams;
         let cdp = Cdp::new(stdin, stdout, &self.tasks);
         let words = Arc::<Mutex<Vec<u8>>>::default();
-        self.tasks.spawn(keep_words(stderr, Arc::clone(&words)));
+        let hearing = self.tasks.spawn(keep_words(stderr, Arc::clone(&words)));
         let browser = Arc::new(Browser {
             cdp: cdp.clone(),
             pid: child.pid,
@@ -305,7 +305,11 @@ impl Browsers {
                     Ok(Err(error)) => error.to_string(),
                     _ => "it says nothing".to_owned(),
                 };
-                return Err(format!("{reason}: {}", last_words(&lock(&words))));
+                // It has said everything when none of its processes is left.
+                drop(guard);
+                let _ = timeout(KILL_TIME, hearing).await;
+                let said = last_words(&lock(&words));
+                return Err(if said.is_empty() { reason } else { format!("{reason}: {said}") });
             }
         };
         guard.disarm();

@@ -18,6 +18,7 @@ use mcp_shared::{
     hosting::Placing,
     ids::ServerName,
     testing::chromium::has_browser,
+    worker_api::ServerStatus,
 };
 use mcp_worker::Boot;
 use serde_json::json;
@@ -84,7 +85,10 @@ async fn a_page_whose_name_changes_its_address_stays_where_it_was() {
     let cluster = Cluster::new();
     let node = cluster.worker_with(Boot::Everything, remote).await;
     let server = ServerName::from_stored("webtools");
-    until("the tools are there", async || node.load(&server).is_some()).await;
+    until("the tools are there", async || {
+        node.load(&server).is_some_and(|load| load.status == ServerStatus::Connected)
+    })
+    .await;
     let url = format!("http://page.example:{}/", outside.port());
     let time = Duration::from_secs(60);
     let mut call = node.offer_within(&server, "ann", "get_url_content", Placing::Take, time).await.unwrap();
