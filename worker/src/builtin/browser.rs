@@ -100,7 +100,7 @@ const PARENT: usize = 26;
 /// Bytes of what a browser says that are kept for the explanation of a failure. Chromium's reason stands before pages of
 /// addresses.
 const WORDS: usize = 16 * 1024;
-/// What marks the line with the reason why it ended itself.
+/// What marks the line with the reason why it ended itself, or with the end of that.
 const FATAL: &str = ":FATAL:";
 /// How long after a page was ended because of its memory a crash may be heard of that is its own.
 const HEARD: Duration = Duration::from_secs(10);
@@ -317,8 +317,8 @@ impl Browsers {
         tracing::info!(version, pid = browser.pid, sandboxed, "a browser renders pages");
         if !sandboxed {
             tracing::warn!(
-                "the browser runs without its sandbox, which root cannot have: run this program as another user, with \
-                 CHROMIUM_SANDBOX=auto"
+                "the browser runs without its sandbox, which root cannot have, and nobody with CHROMIUM_SANDBOX=never: run \
+                 this program as another user, with CHROMIUM_SANDBOX=auto"
             );
         }
         self.tasks.spawn(limit_memory(Arc::clone(&browser), self.settings.memory, shared));
@@ -430,10 +430,8 @@ async fn keep_words(mut stderr: impl AsyncRead + Unpin, words: Arc<Mutex<Vec<u8>
 fn last_words(words: &[u8]) -> String {
     let text = String::from_utf8_lossy(words);
     let lines: Vec<_> = text.lines().filter(|line| !line.trim().is_empty()).collect();
-    match lines.iter().rfind(|line| line.contains(FATAL)) {
-        Some(reason) => (*reason).to_owned(),
-        None => lines[lines.len().saturating_sub(4)..].join(" / "),
-    }
+    let end = lines.iter().position(|line| line.contains(FATAL)).map_or(lines.len(), |at| at + 1);
+    lines[end.saturating_sub(4)..end].join(" / ")
 }
 
 fn is_executable(file: &Path) -> bool {
@@ -479,4 +477,46 @@ fn make_folder() -> Result<Folder, String> {
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_page_that_was_ended_is_told_so_once_and_soon() {
+        let (ours, _browser) = tokio::io::duplex(64);
+        let (output, input) = tokio::io::split(ours);
+        let browser = Browser {
+            cdp: Cdp::new(input, output, &TaskTracker::new()),
+            pid: 0,
+            open: AtomicUsize::new(0),
+            opened: AtomicUsize::new(0),
+            excess: Mutex::default(),
+            used: Mutex::new(Instant::now()),
+            kill: CancellationToken::new(),
+        };
+        let is = |excess| *lock(&browser.excess) = Some(excess);
+        assert!(!browser.ended_page() && browser.ended_with().is_none());
+        is(Excess::Page(Instant::now()));
+        assert!(browser.ended_with().is_none());
+        assert_eq!([browser.ended_page(), browser.ended_page()], [true, false]);
+        is(Excess::Page(Instant::now() - HEARD));
+        assert!(!browser.ended_page(), "what crashes so much later does so by itself");
+        // Nobody is blamed for what all of them did.
+        is(Excess::Browser(3));
+        assert_eq!((browser.ended_page(), browser.ended_with()), (false, Some(3)));
+    }
+
+    #[test]
+    fn the_reason_stands_before_the_addresses() {
+        let said = "one\ntwo\n\nFailed to move to new namespace\n[1:1:FATAL:x.cc(1)] Check failed\n#0 0x55d0 <unknown>\n\
+                    #1 0x55d1 <unknown>\n#2 0x55d2 <unknown>\n#3 0x55d3 <unknown>\n";
+        assert_eq!(
+            last_words(said.as_bytes()),
+            "one / two / Failed to move to new namespace / [1:1:FATAL:x.cc(1)] Check failed"
+        );
+        assert_eq!(last_words(b"a\nb\nc\nd\ne\n"), "b / c / d / e");
+        assert_eq!(last_words(b""), "");
+    }
 }

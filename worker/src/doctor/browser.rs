@@ -12,7 +12,7 @@ use crate::builtin::{browser, trial};
 
 const WHAT: &str = "chromium";
 /// Characters of what it says itself.
-const SAID: usize = 240;
+const SAID: usize = 600;
 /// Settings of the kernel that keep a program from making a user namespace, which the sandbox begins with: where each
 /// stands, the value that does so, and what allows it.
 const FORBIDDING: [(&str, &str, &str); 3] = [
@@ -79,10 +79,8 @@ fn judge(
     };
     let about = why.to_ascii_lowercase();
     if sandboxed && (about.contains("sandbox") || about.contains("namespace")) {
-        let text = format!(
-            "it cannot make its sandbox, so that pages are not rendered ({})",
-            shorten(&why, SAID)
-        );
+        let text =
+            format!("it cannot make its sandbox, so that pages are not rendered ({})", shorten(&why, SAID));
         return Finding::warning(Area::Runtimes, WHAT, text, let_it(set));
     }
     let remedy = match settings.browser {
