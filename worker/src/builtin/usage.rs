@@ -48,7 +48,11 @@ pub struct Usage {
 impl Shared {
     /// Where it is best for a browser with this folder. It asks the file system, so it blocks.
     pub fn of(folder: &Path) -> Self {
-        if has_room(Path::new(SHARED_MEMORY)) {
+        Self::between(Path::new(SHARED_MEMORY), folder)
+    }
+
+    fn between(shared_memory: &Path, folder: &Path) -> Self {
+        if has_room(shared_memory) {
             return Self::Memory;
         }
         let in_memory = statfs(folder).is_ok_and(|system| system.filesystem_type() == TMPFS_MAGIC);
@@ -202,9 +206,12 @@ time.sleep(600)
 
     #[test]
     fn shared_memory_is_where_there_is_room() {
-        let folder = tempfile::tempdir().unwrap();
-        assert!(!has_room(&folder.path().join("nothing")));
-        let expected = has_room(Path::new(SHARED_MEMORY));
-        assert_eq!(Shared::of(folder.path()) == Shared::Memory, expected);
+        let roomy = tempfile::tempdir().unwrap();
+        let (none, full, memory) = (roomy.path().join("none"), Path::new("/proc"), Path::new(SHARED_MEMORY));
+        assert_eq!(Shared::between(roomy.path(), memory), Shared::Memory);
+        for bad in [none.as_path(), full] {
+            assert_eq!(Shared::between(bad, memory), Shared::Files);
+            assert_eq!(Shared::between(bad, full), Shared::FilesOnDisk);
+        }
     }
 }
