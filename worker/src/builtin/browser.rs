@@ -393,10 +393,10 @@ async fn limit_memory(browser: Arc<Browser>, most: u64, shared: Shared) {
         if browser.open.load(Ordering::Acquire) == 0 {
             continue;
         }
-        let (pid, mark) = (browser.pid, Arc::clone(&browser));
+        let (pid, mark, shared) = (browser.pid, Arc::clone(&browser), shared.clone());
         // It reads much of `/proc`, and waits for the end of what it ends.
         let looked = tokio::task::spawn_blocking(move || {
-            let usage = usage::of(pid, most, shared);
+            let usage = usage::of(pid, most, &shared);
             if usage.bytes <= most {
                 return true;
             }

@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     fs,
-    path::Path,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
@@ -26,15 +26,15 @@ const KILL_TIME: Duration = Duration::from_secs(5);
 const LOOK: Duration = Duration::from_millis(10);
 
 /// Where a browser has the memory that its processes share.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Shared {
     /// In the system's place for it.
     Memory,
     /// In files below its own folder, which are in memory, too.
     Files,
-    /// In files below its own folder, which are on a disk: what is resident of them counts, and so does what is resident
-    /// of its program, since nothing tells them apart.
-    FilesOnDisk,
+    /// In files below this folder, its own, which are on a disk. The kernel tells them from no other file that is mapped,
+    /// so that they are looked for, and count with all their bytes.
+    FilesOnDisk(PathBuf),
 }
 
 /// A browser's processes.
@@ -56,7 +56,7 @@ impl Shared {
             return Self::Memory;
         }
         let in_memory = statfs(folder).is_ok_and(|system| system.filesystem_type() == TMPFS_MAGIC);
-        if in_memory { Self::Files } else { Self::FilesOnDisk }
+        if in_memory { Self::Files } else { Self::FilesOnDisk(folder.to_owned()) }
     }
 }
 
@@ -67,19 +67,22 @@ fn has_room(folder: &Path) -> bool {
 
 /// What a process and all that it started take. It reads `/proc`, so it blocks.
 ///
-/// The numbers that the kernel has at hand count what is shared for each process that has it. As long as even that is
-/// not more than `most` it is taken as it is; only then is the kernel made to go through all that is mapped.
-pub fn of(root: u32, most: u64, shared: Shared) -> Usage {
-    let files = shared == Shared::FilesOnDisk;
-    let mut processes: Vec<(Pid, u64)> =
-        family(root).into_iter().map(|pid| (Pid::from_raw(pid), resident(pid, files))).collect();
+/// The numbers that the kernel has at hand count memory that is shared for each process that has it. As long as even
+/// that is not more than `most` it is taken as it is; only then is the kernel made to go through all that is mapped.
+pub fn of(root: u32, most: u64, shared: &Shared) -> Usage {
+    let family = family(root);
+    let in_files = match shared {
+        Shared::FilesOnDisk(folder) => in_files(&family, folder),
+        Shared::Memory | Shared::Files => vec![0; family.len()],
+    };
+    let add = |bytes: fn(i32) -> u64| -> Vec<(Pid, u64)> {
+        let each = family.iter().zip(&in_files);
+        each.map(|(pid, files)| (Pid::from_raw(*pid), bytes(*pid) + files)).collect()
+    };
+    let mut processes = add(resident);
     if total(&processes) > most {
-        for (pid, bytes) in &mut processes {
-            // A process that hides from others of its user (the older sandbox has such) keeps the larger number.
-            if let Some(exact) = proportional(pid.as_raw(), files) {
-                *bytes = exact;
-            }
-        }
+        // A process that hides from others of its user (the older sandbox has such) keeps the larger number.
+        processes = add(|pid| proportional(pid).unwrap_or_else(|| resident(pid)));
     }
     Usage { bytes: total(&processes), processes }
 }
@@ -94,7 +97,7 @@ impl Usage {
             return false;
         };
         let patience = Instant::now() + KILL_TIME;
-        while resident(pid.as_raw(), false) > 0 && Instant::now() < patience {
+        while resident(pid.as_raw()) > 0 && Instant::now() < patience {
             std::thread::sleep(LOOK);
         }
         true
@@ -136,20 +139,52 @@ fn is_page(pid: Pid) -> bool {
         .is_ok_and(|line| memchr::memmem::find(&line, b"--type=renderer").is_some())
 }
 
-/// Bytes that a process has in memory, what it shares included.
-fn resident(pid: i32, files: bool) -> u64 {
+/// Bytes that a process has in memory, what it shares included, and without what is in files on a disk.
+fn resident(pid: i32) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let counted: &[&str] =
-        if files { &["RssAnon:", "RssShmem:", "RssFile:"] } else { &["RssAnon:", "RssShmem:"] };
-    counted.iter().filter_map(|field| kilobytes(&status, field)).sum::<u64>() * 1024
+    let counted = ["RssAnon:", "RssShmem:"].into_iter().filter_map(|field| kilobytes(&status, field));
+    counted.sum::<u64>() * 1024
 }
 
 /// The same with its part of what it shares; `None` where that cannot be seen.
-fn proportional(pid: i32, files: bool) -> Option<u64> {
+fn proportional(pid: i32) -> Option<u64> {
     let all = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
-    let counted: &[&str] = if files { &["Pss:"] } else { &["Pss_Anon:", "Pss_Shmem:"] };
-    let sum: Option<u64> = counted.iter().map(|field| kilobytes(&all, field)).sum();
-    Some(sum? * 1024)
+    Some((kilobytes(&all, "Pss_Anon:")? + kilobytes(&all, "Pss_Shmem:")?) * 1024)
+}
+
+/// What each process has of the files below a folder: those that several have mapped are shared out among them.
+fn in_files(family: &[i32], folder: &Path) -> Vec<u64> {
+    let folder = folder.to_string_lossy();
+    let mut files: HashMap<String, (u64, Vec<usize>)> = HashMap::new();
+    for (at, pid) in family.iter().enumerate() {
+        let maps = fs::read(format!("/proc/{pid}/maps")).unwrap_or_default();
+        let maps = String::from_utf8_lossy(&maps);
+        for (file, end) in maps.lines().filter(|line| line.contains(&*folder)).filter_map(mapped) {
+            let (bytes, owners) = files.entry(file).or_default();
+            *bytes = end.max(*bytes);
+            if owners.last() != Some(&at) {
+                owners.push(at);
+            }
+        }
+    }
+    let mut shares = vec![0; family.len()];
+    for (bytes, owners) in files.values() {
+        for at in owners {
+            shares[*at] += bytes / owners.len() as u64;
+        }
+    }
+    shares
+}
+
+/// Which file is mapped, and up to which of its bytes, by a line of `/proc/PID/maps`:
+/// `7f2a4000-7f2b4000 rw-s 00000000 08:01 1234 /path`.
+fn mapped(line: &str) -> Option<(String, u64)> {
+    let mut fields = line.split_ascii_whitespace();
+    let (from, to) = fields.next()?.split_once('-')?;
+    let (_, offset, device, inode) = (fields.next()?, fields.next()?, fields.next()?, fields.next()?);
+    let number = |text: &str| u64::from_str_radix(text, 16).ok();
+    let bytes = number(to)?.checked_sub(number(from)?)?;
+    Some((format!("{device} {inode}"), number(offset)?.checked_add(bytes)?))
 }
 
 fn kilobytes(text: &str, field: &str) -> Option<u64> {
@@ -169,10 +204,14 @@ mod tests {
 
     use super::*;
 
-    /// Two processes that have the same memory, which says so twice when it is there.
+    /// Two processes that have the same memory and the same file mapped; each says when it has.
     const SHARES: &str = "
-import mmap, os, time
+import mmap, os, sys, time
 memory = mmap.mmap(-1, 64 << 20)
+file = open(sys.argv[1], 'w+b')
+file.truncate(64 << 20)
+shared = mmap.mmap(file.fileno(), 64 << 20)
+os.unlink(sys.argv[1])
 os.fork()
 for at in range(0, len(memory), 4096):
     memory[at] = 1
@@ -184,15 +223,16 @@ time.sleep(600)
     #[test]
     fn what_is_shared_counts_once() {
         let mut command = Command::new("python3");
-        command.args(["-c", SHARES]).stdout(Stdio::piped()).process_group(0);
+        let folder = tempfile::tempdir().unwrap();
+        command.args(["-c", SHARES]).arg(folder.path().join("file")).stdout(Stdio::piped()).process_group(0);
         let mut child = command.spawn().expect("python3 is needed");
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         for _ in 0..2 {
             assert_eq!(lines.next().unwrap().unwrap(), "ready");
         }
-        let quick = of(child.id(), u64::MAX, Shared::Memory);
-        let exact = of(child.id(), 0, Shared::Memory);
-        let with_files = of(child.id(), 0, Shared::FilesOnDisk);
+        let quick = of(child.id(), u64::MAX, &Shared::Memory);
+        let exact = of(child.id(), 0, &Shared::Memory);
+        let with_files = of(child.id(), 0, &Shared::FilesOnDisk(folder.path().to_owned()));
         let group = Pid::from_raw(i32::try_from(child.id()).unwrap());
         killpg(group, Signal::SIGKILL).unwrap();
         child.wait().unwrap();
@@ -201,7 +241,8 @@ time.sleep(600)
         assert!(quick.bytes > SIZE / 4 * 7, "a quick look counts it twice: {}", quick.bytes);
         assert!((SIZE..SIZE * 3 / 2).contains(&exact.bytes), "{}", exact.bytes);
         assert!(exact.processes.iter().all(|(_, bytes)| *bytes >= SIZE / 2), "each has its part");
-        assert!(with_files.bytes > exact.bytes, "the program is a file");
+        let files = with_files.bytes.checked_sub(exact.bytes).unwrap();
+        assert!((SIZE / 8 * 7..SIZE / 8 * 9).contains(&files), "{files}");
     }
 
     #[test]
@@ -211,7 +252,7 @@ time.sleep(600)
         assert_eq!(Shared::between(roomy.path(), memory), Shared::Memory);
         for bad in [none.as_path(), full] {
             assert_eq!(Shared::between(bad, memory), Shared::Files);
-            assert_eq!(Shared::between(bad, full), Shared::FilesOnDisk);
+            assert_eq!(Shared::between(bad, full), Shared::FilesOnDisk(full.to_owned()));
         }
     }
 }
