@@ -3,10 +3,7 @@
 
 use std::{
     net::SocketAddr,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::{Arc, Mutex, atomic::Ordering},
 };
 
 use nix::{
@@ -21,17 +18,21 @@ use crate::{
     webtools::{OPEN, browsers, builder, fails, has_browser, page, read, site::Site},
 };
 
-/// A socket that counts what comes to it, whatever it is.
-async fn listening_udp() -> (SocketAddr, Arc<AtomicUsize>) {
+/// A packet of the test's own.
+const OWN: &[u8] = b"own";
+
+/// A socket that keeps what comes to it, whatever it is.
+async fn listening_udp() -> (SocketAddr, Arc<Mutex<Vec<Vec<u8>>>>) {
     let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
-    let (address, count) = (socket.local_addr().unwrap(), Arc::<AtomicUsize>::default());
-    let heard = Arc::clone(&count);
+    let (address, packets) = (socket.local_addr().unwrap(), Arc::<Mutex<Vec<Vec<u8>>>>::default());
+    let heard = Arc::clone(&packets);
     tokio::spawn(async move {
-        while socket.recv(&mut [0; 2048]).await.is_ok() {
-            heard.fetch_add(1, Ordering::SeqCst);
+        let mut packet = [0; 2048];
+        while let Ok(count) = socket.recv(&mut packet).await {
+            heard.lock().unwrap().push(packet[..count].to_vec());
         }
     });
-    (address, count)
+    (address, packets)
 }
 
 /// How often a path was asked for.
@@ -48,8 +49,8 @@ async fn a_browser_leads_nowhere_that_the_guard_does_not_permit() {
     let (udp, heard) = listening_udp().await;
     // What is sent there is heard.
     let own = UdpSocket::bind("127.0.0.1:0").await.unwrap();
-    own.send_to(b"own", udp).await.unwrap();
-    eventually("a packet is heard", async || heard.load(Ordering::SeqCst) == 1).await;
+    own.send_to(OWN, udp).await.unwrap();
+    eventually("a packet is heard", async || *heard.lock().unwrap() == [OWN]).await;
     // What a page is not connected with stands in the log then.
     let api = builder().env("DEBUG", "true").start().await;
     let inside = secret.url("/secret");
@@ -100,10 +101,13 @@ async fn a_browser_leads_nowhere_that_the_guard_does_not_permit() {
         assert!(text.contains(done), "{done}: {text}");
     }
     assert!(!text.contains("FETCHED") && !text.contains("SOCKET") && !text.contains("FILE"), "{text}");
-    // Behind whatever came before it.
-    own.send_to(b"own", udp).await.unwrap();
-    eventually("a second packet is heard", async || heard.load(Ordering::SeqCst) >= 2).await;
-    assert_eq!(heard.load(Ordering::SeqCst), 2, "none but those of this test");
+    // When this one is heard, so is whatever came before it.
+    own.send_to(OWN, udp).await.unwrap();
+    eventually("a second packet is heard", async || {
+        heard.lock().unwrap().iter().filter(|packet| *packet == OWN).count() == 2
+    })
+    .await;
+    assert_eq!(heard.lock().unwrap().len(), 2, "none but those of this test");
     assert_eq!(*secret.asked.lock().unwrap(), Vec::<String>::new());
     // A page knows nothing of one that was before it.
     let sets =
@@ -166,7 +170,7 @@ async fn bad_pages_have_an_end() {
     said(loops_later, "they do not end");
     said(huge, "the page loads more than 24 MiB");
     said(never, "did not answer within 20 s");
-    // It is read between two floods, or has told more of itself by then than anybody can follow, or than is read in time.
+    // It is read between two floods, or has told more of itself by then than can be followed, or than is read in time.
     let (failed, text) = (floods.json()["data"]["isError"].clone(), floods.tool_text());
     let ends = ["does more than can be followed", "scripts do not let it be read"];
     match failed.as_bool() {

@@ -174,8 +174,8 @@ impl Browser {
         self.kill.cancel();
     }
 
-    /// Whether a page that crashed just now was ended because of its memory. One page hears that for each that was ended,
-    /// and none later: what was ended may have been a frame of a page that goes on.
+    /// Whether a page that crashed just now was ended because of its memory. One page hears that for each that was
+    /// ended, and none later: what was ended may have been a frame of a page that goes on.
     pub fn ended_page(&self) -> bool {
         let mut excess = lock(&self.excess);
         let recent = matches!(*excess, Some(Excess::Page(at)) if at.elapsed() < HEARD);

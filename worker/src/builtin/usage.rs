@@ -32,8 +32,8 @@ pub enum Shared {
     Memory,
     /// In files below its own folder, which are in memory, too.
     Files,
-    /// In files below this folder, its own, which are on a disk. The kernel tells them from no other file that is mapped,
-    /// so that they are looked for, and count with all their bytes.
+    /// In files below this folder, its own, which are on a disk. The kernel tells them from no other file that is
+    /// mapped, so that they are looked for, and count with all their bytes.
     FilesOnDisk(PathBuf),
 }
 
