@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 pub mod authorization;
+pub mod chromium;
 pub mod fixture;
 pub mod fuzz;
 mod http;

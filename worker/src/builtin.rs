@@ -25,6 +25,7 @@ mod page;
 mod proxy;
 mod search;
 mod serve;
+pub(crate) mod trial;
 mod usage;
 mod webtools;
 

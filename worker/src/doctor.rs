@@ -1,6 +1,7 @@
 //! What both programs stand on, looked at by `doctor`: the machine, the store and its keys, the bus and who is on it,
 //! and the programs that run MCP servers. A gateway adds what only it has.
 
+mod browser;
 mod runtimes;
 
 use clap::Args;
@@ -59,6 +60,10 @@ pub async fn look(settings: &Settings, role: Role, how: DoctorArguments) -> Vec<
             Vec::new()
         }
     };
+    // It has a time of its own, which is longer than that of a look.
+    let browser = async {
+        if runs_servers { vec![browser::look(&settings.remote).await] } else { Vec::new() }
+    };
     let health = async {
         if role == Role::Gateway {
             return Vec::new();
@@ -67,8 +72,9 @@ pub async fn look(settings: &Settings, role: Role, how: DoctorArguments) -> Vec<
         vec![listening("health", listen, "WORKER_HOST and WORKER_PORT choose another address")]
     };
     let mut findings = machine(settings, role == Role::Gateway);
-    let (fleet, greetings, runtimes, health) = tokio::join!(fleet, greetings, runtimes, health);
-    for more in [fleet, greetings, runtimes, health] {
+    let (fleet, greetings, runtimes, browser, health) =
+        tokio::join!(fleet, greetings, runtimes, browser, health);
+    for more in [fleet, greetings, runtimes, browser, health] {
         findings.extend(more);
     }
     findings

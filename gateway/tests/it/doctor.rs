@@ -9,9 +9,11 @@ use std::{
 };
 
 use mcp_shared::testing::{
+    chromium::has_browser,
     port::Port,
     services::{MongoServer, NatsServer, mongo_for_a_test, shared_nats},
 };
+use nix::unistd::geteuid;
 use serde_json::{Value, json};
 
 use crate::{
@@ -20,10 +22,13 @@ use crate::{
     settings::{KEY, ended, text},
 };
 
+/// No browser is started but where a test is about that: it takes a second each time.
+const NO_BROWSER: &str = "none";
+
 /// What a doctor said.
-struct Said {
+pub struct Said {
     status: Option<i32>,
-    report: Value,
+    pub report: Value,
     all: String,
 }
 
@@ -72,7 +77,7 @@ fn finding_needs_remedy(finding: &Value) -> bool {
     finding["level"] != "ok"
 }
 
-async fn doctor(command: Command) -> Said {
+pub async fn doctor(command: Command) -> Said {
     let output = ended(command, &["doctor", "--json"]).await;
     let (out, err) = (text(&output.stdout), text(&output.stderr));
     assert_eq!(err, "", "{out}");
@@ -84,7 +89,7 @@ async fn doctor(command: Command) -> Said {
 }
 
 fn with(data: &Data, settings: &[(&str, &str)]) -> Command {
-    let builder = Deployment::builder().data(data);
+    let builder = Deployment::builder().data(data).env("CHROMIUM", NO_BROWSER);
     settings.iter().fold(builder, |builder, (name, value)| builder.env(name, *value)).command()
 }
 
@@ -203,6 +208,30 @@ async fn what_is_wrong_with_settings_keys_and_files_is_found() {
 }
 
 #[tokio::test]
+async fn a_browser_that_does_not_work_or_has_no_sandbox_is_found() {
+    let data = Data::new();
+    let about = async |settings: &[(&str, &str)]| doctor(with(&data, settings)).await;
+    about(&[]).await.is(0).finds("ok", "runtimes", &["chromium", "none is to be used here"]);
+    let broken = ("CHROMIUM", "/bin/false");
+    let words = ["chromium", "does not work", "correct CHROMIUM"];
+    about(&[broken, ("CHROMIUM_SANDBOX", "never")]).await.is(0).finds("warning", "runtimes", &words);
+    let as_root = geteuid().is_root();
+    let words = if as_root { ["when root runs it", "as another user"] } else { ["does not work", "correct CHROMIUM"] };
+    about(&[broken, ("CHROMIUM_SANDBOX", "always")]).await.is(0).finds("warning", "runtimes", &words);
+    if !has_browser("doctor::a_browser_that_does_not_work_or_has_no_sandbox_is_found") {
+        return;
+    }
+    let found = ("CHROMIUM", "auto");
+    let words = ["chromium", "without its sandbox", "keys", "CHROMIUM_SANDBOX=auto", "compose/chromium.yaml"];
+    about(&[found, ("CHROMIUM_SANDBOX", "never")]).await.is(0).finds("warning", "runtimes", &words);
+    // What others than root are told is shown in `ordinary_user`.
+    if as_root {
+        let words = ["chromium", "without its sandbox", "another user than root"];
+        about(&[found]).await.is(0).finds("warning", "runtimes", &words);
+    }
+}
+
+#[tokio::test]
 async fn what_the_machine_lacks_is_found() {
     let data = Data::new();
     if let Some(disk) = Disk::mount() {
@@ -255,6 +284,7 @@ async fn a_cluster_is_well_and_what_is_wrong_with_it_is_found() {
         ("MONGODB_URI", mongo.uri().to_owned()),
         ("MONGO_DBNAME", data.name().to_owned()),
         ("SECRETS_KEY", KEY.to_owned()),
+        ("CHROMIUM", NO_BROWSER.to_owned()),
     ];
     let node = |worker: bool, changed: &[(&str, &str)]| {
         let all = base.iter().map(|(name, value)| (*name, value.as_str())).chain(changed.iter().copied());

@@ -17,7 +17,9 @@ use serde_json::{Value, json};
 
 use crate::{
     FIXTURE,
-    deployment::{Data, Deployment},
+    deployment::{Builder, Data, Deployment},
+    doctor::doctor,
+    webtools::{OPEN, has_browser, site::Site},
 };
 
 /// Nobody, who may do nothing.
@@ -49,6 +51,29 @@ fn place(program: &Path, at: &Path) {
     }
 }
 
+/// The command that starts a program with these settings as that user, whose folder becomes that of the data.
+fn as_nobody(program: &Path, data: &Data, builder: Builder) -> Command {
+    let settings = builder.data(data).command();
+    let mut command = Command::new(program);
+    command.env_clear().current_dir(data.path()).stdin(Stdio::null());
+    command.envs(settings.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    if geteuid().is_root() {
+        chown(data.path(), Some(Uid::from_raw(NOBODY)), Some(Gid::from_raw(NOBODY))).unwrap();
+        command.uid(NOBODY).gid(NOBODY);
+    }
+    command
+}
+
+/// Starts it, and waits until it says where it listens.
+async fn start(mut command: Command) -> (Running, String) {
+    let mut running = Running(command.stdout(Stdio::piped()).spawn().unwrap());
+    let mut lines = BufReader::new(running.0.stdout.take().unwrap()).lines();
+    let first = tokio::task::spawn_blocking(move || lines.next()).await.unwrap().unwrap().unwrap();
+    let base = first.split_whitespace().last().unwrap().to_owned();
+    assert!(base.starts_with("http://"), "{first}");
+    (running, base)
+}
+
 async fn post(base: &str, path: &str, body: &Value) -> Value {
     let client = reqwest::Client::new();
     let answer = client.post(format!("{base}{path}")).json(body).send().await.unwrap();
@@ -61,20 +86,8 @@ async fn a_server_cannot_look_at_us() {
     let (program, fixture) = (data.path().join("gateway"), data.path().join("fixture"));
     place(Path::new(env!("CARGO_BIN_EXE_mcp-gateway")), &program);
     place(&std::env::current_exe().unwrap(), &fixture);
-    let settings =
-        Deployment::builder().data(&data).env("SECRETS_KEY", "7d".repeat(16) + &"a3f15b".repeat(5)).command();
-    let mut command = Command::new(&program);
-    command.env_clear().current_dir(data.path()).stdin(Stdio::null()).stdout(Stdio::piped());
-    command.envs(settings.get_envs().filter_map(|(name, value)| Some((name, value?))));
-    if geteuid().is_root() {
-        chown(data.path(), Some(Uid::from_raw(NOBODY)), Some(Gid::from_raw(NOBODY))).unwrap();
-        command.uid(NOBODY).gid(NOBODY);
-    }
-    let mut running = Running(command.spawn().unwrap());
-    let mut lines = BufReader::new(running.0.stdout.take().unwrap()).lines();
-    let first = tokio::task::spawn_blocking(move || lines.next()).await.unwrap().unwrap().unwrap();
-    let base = first.split_whitespace().last().unwrap().to_owned();
-    assert!(base.starts_with("http://"), "{first}");
+    let builder = Deployment::builder().env("SECRETS_KEY", "7d".repeat(16) + &"a3f15b".repeat(5));
+    let (mut running, base) = start(as_nobody(&program, &data, builder)).await;
 
     let body = json!({"name": "spy", "command": fixture, "args": [FIXTURE, "--more"]});
     let server = post(&base, "/mcp/servers", &body).await;
@@ -96,4 +109,32 @@ async fn a_server_cannot_look_at_us() {
     kill(Pid::from_raw(i32::try_from(running.0.id()).unwrap()), Signal::SIGTERM).unwrap();
     let ended = tokio::task::spawn_blocking(move || running.0.wait().unwrap()).await.unwrap();
     assert!(ended.success());
+}
+
+/// Whether the browser has its sandbox for an ordinary user depends on the machine: `doctor` knows, and pages show it.
+#[tokio::test]
+async fn what_is_said_of_the_browser_is_what_becomes_of_pages() {
+    if !has_browser("ordinary_user::what_is_said_of_the_browser_is_what_becomes_of_pages") {
+        return;
+    }
+    let (data, site) = (Data::new(), Site::on(OPEN).await);
+    let program = data.path().join("gateway");
+    place(Path::new(env!("CARGO_BIN_EXE_mcp-gateway")), &program);
+    let command = || as_nobody(&program, &data, Deployment::builder().env("EGRESS_ALLOW", OPEN));
+    let said = doctor(command()).await;
+    let findings = said.report["findings"].as_array().unwrap();
+    let finding = findings.iter().find(|finding| finding["what"] == "chromium").unwrap();
+    let (_running, base) = start(command()).await;
+    let args = json!({"url": site.url("/article")});
+    let body = json!({"serverName": "webtools", "methodName": "get_url_content", "args": args});
+    let answer = post(&base, "/mcp/tool/call", &body).await;
+    let text = finding["text"].as_str().unwrap();
+    if answer["data"]["_meta"]["mcp-api/rendered"] == true {
+        assert_eq!(finding["level"], "ok", "{finding}");
+        assert!(text.ends_with("in its sandbox"), "{text}");
+    } else {
+        assert_eq!(finding["level"], "warning", "{finding}: {answer}");
+        assert!(text.contains("cannot make its sandbox"), "{text}: {answer}");
+        assert!(finding["remedy"].as_str().unwrap().contains("compose/chromium.yaml"), "{finding}");
+    }
 }

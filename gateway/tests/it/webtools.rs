@@ -1,11 +1,11 @@
 //! The built-in server `webtools`: beside the others, searching, and reading pages with a browser and without.
 
 use std::{
-    io::Write,
     path::{Path, PathBuf},
     sync::atomic::Ordering,
 };
 
+pub use mcp_shared::testing::chromium::has_browser;
 use serde_json::{Value, json};
 
 use crate::deployment::{Answer, Builder, Deployment, alive, eventually};
@@ -14,37 +14,8 @@ use site::Site;
 #[path = "webtools/site.rs"]
 pub mod site;
 
-/// Set where there has to be a browser, as in CI.
-const REQUIRED: &str = "TEST_CHROMIUM_REQUIRED";
 /// The address that pages of these tests are on, and the only one that may be reached.
 pub const OPEN: &str = "127.0.0.2";
-
-/// Whether there is a browser to test with. Where there need not be one, it is said loudly what is not tested.
-pub fn has_browser(test: &str) -> bool {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let names = [
-        "chromium",
-        "chromium-browser",
-        "chromium-headless-shell",
-        "google-chrome",
-        "google-chrome-stable",
-        "chrome",
-    ];
-    let found =
-        std::env::split_paths(&path).any(|folder| names.iter().any(|name| folder.join(name).is_file()));
-    if !found {
-        assert!(
-            std::env::var_os(REQUIRED).is_none(),
-            "there is no Chromium on the PATH, and {REQUIRED} is set"
-        );
-        // Not by the macro, whose words tests keep to themselves.
-        let _ = writeln!(
-            std::io::stderr(),
-            "NOT TESTED, since there is no Chromium on the PATH: webtools::{test}"
-        );
-    }
-    found
-}
 
 /// A deployment whose pages may be on one address of loopback.
 pub fn builder() -> Builder {
@@ -189,7 +160,6 @@ async fn searches_go_to_the_operators_own_engine() {
         ("odd", "not what SearXNG says"),
         ("refused", "search.formats"),
         ("broken", "status 500"),
-        ("moved", "status 302"),
         ("huge", "too large"),
     ] {
         let answer = search(json!({"query": query})).await.ok();
@@ -198,6 +168,11 @@ async fn searches_go_to_the_operators_own_engine() {
         assert!(text.starts_with("Search error: ") && text.contains(says), "{query}: {text}");
         assert!(!text.contains("canary"), "{text}");
     }
+    // The guard does not stand in front of it, so that it must not lead anywhere else.
+    let elsewhere = Site::on("127.0.0.4").await;
+    let moved = search(json!({"query": format!("moved {}", elsewhere.url("/search?q=x"))})).await;
+    assert_eq!(moved.tool_text(), "Search error: the search engine answered with status 302");
+    assert_eq!(*elsewhere.asked.lock().unwrap(), Vec::<String>::new());
     let slow = json!({"serverName": "webtools", "methodName": "web_search", "args": {"query": "slow"}});
     let slow = api
         .request(reqwest::Method::POST, "/mcp/tool/call")
@@ -280,7 +255,10 @@ async fn pages_and_documents_are_read_with_a_browser() {
     assert_eq!(read(&api, &site.url("/note.txt")).await.tool_text(), "Bäume");
     let missing = read(&api, &site.url("/nothing")).await.tool_text();
     assert!(missing.contains("no such page") && missing.contains("status 404"), "{missing}");
-    assert!(read(&api, &site.url("/download")).await.tool_text().starts_with("Hi"), "nothing is downloaded");
+    // Nothing is downloaded. What the browser does not want is fetched without it, which is said.
+    let download = read(&api, &site.url("/download")).await.tool_text();
+    let said = "fetched without a browser, because the browser does not show it as a page";
+    assert!(download.starts_with("Hi") && download.contains(said), "{download}");
     let by_script = page(
         &site,
         &format!("<script>location = '/nothing'; location = '{}'</script>", site.url("/article")),

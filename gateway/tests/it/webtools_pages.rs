@@ -3,10 +3,7 @@
 
 use std::{
     net::SocketAddr,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::{Arc, Mutex, atomic::Ordering},
 };
 
 use nix::{
@@ -21,17 +18,21 @@ use crate::{
     webtools::{OPEN, browsers, builder, fails, has_browser, page, read, site::Site},
 };
 
-/// A socket that counts what comes to it, whatever it is.
-async fn listening_udp() -> (SocketAddr, Arc<AtomicUsize>) {
+/// A packet of the test's own.
+const OWN: &[u8] = b"own";
+
+/// A socket that keeps what comes to it, whatever it is.
+async fn listening_udp() -> (SocketAddr, Arc<Mutex<Vec<Vec<u8>>>>) {
     let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
-    let (address, count) = (socket.local_addr().unwrap(), Arc::<AtomicUsize>::default());
-    let heard = Arc::clone(&count);
+    let (address, packets) = (socket.local_addr().unwrap(), Arc::<Mutex<Vec<Vec<u8>>>>::default());
+    let heard = Arc::clone(&packets);
     tokio::spawn(async move {
-        while socket.recv(&mut [0; 2048]).await.is_ok() {
-            heard.fetch_add(1, Ordering::SeqCst);
+        let mut packet = [0; 2048];
+        while let Ok(count) = socket.recv(&mut packet).await {
+            heard.lock().unwrap().push(packet[..count].to_vec());
         }
     });
-    (address, count)
+    (address, packets)
 }
 
 /// How often a path was asked for.
@@ -46,6 +47,10 @@ async fn a_browser_leads_nowhere_that_the_guard_does_not_permit() {
     }
     let (site, secret) = (Site::on(OPEN).await, Site::on("127.0.0.1").await);
     let (udp, heard) = listening_udp().await;
+    // What is sent there is heard.
+    let own = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    own.send_to(OWN, udp).await.unwrap();
+    eventually("a packet is heard", async || *heard.lock().unwrap() == [OWN]).await;
     // What a page is not connected with stands in the log then.
     let api = builder().env("DEBUG", "true").start().await;
     let inside = secret.url("/secret");
@@ -86,17 +91,24 @@ async fn a_browser_leads_nowhere_that_the_guard_does_not_permit() {
              const peer = new RTCPeerConnection({{iceServers: [{{urls: 'stun:{udp}'}}, {{urls: 'turn:{udp}', \
              username: 'a', credential: 'b'}}, {{urls: 'turn:127.0.0.1:{port}?transport=tcp', username: 'a', \
              credential: 'b'}}]}}); peer.createDataChannel('x'); \
-             peer.createOffer().then(offer => peer.setLocalDescription(offer));\
+             peer.createOffer().then(offer => peer.setLocalDescription(offer)).then(() => tell('OFFERED'));\
              window.open('{inside}');</script>"
         ),
     );
     let text = read(&api, &all).await.tool_text();
-    assert!(text.contains("refused") && text.contains("no file"), "{text}");
+    // It has looked for ways to its peer, too, when it was read.
+    for done in ["refused", "no file", "OFFERED"] {
+        assert!(text.contains(done), "{done}: {text}");
+    }
     assert!(!text.contains("FETCHED") && !text.contains("SOCKET") && !text.contains("FILE"), "{text}");
-    assert_eq!(
-        (secret.asked.lock().unwrap().clone(), heard.load(Ordering::SeqCst)),
-        (Vec::<String>::new(), 0)
-    );
+    // When this one is heard, so is whatever came before it.
+    own.send_to(OWN, udp).await.unwrap();
+    eventually("a second packet is heard", async || {
+        heard.lock().unwrap().iter().filter(|packet| *packet == OWN).count() == 2
+    })
+    .await;
+    assert_eq!(heard.lock().unwrap().len(), 2, "none but those of this test");
+    assert_eq!(*secret.asked.lock().unwrap(), Vec::<String>::new());
     // A page knows nothing of one that was before it.
     let sets =
         page(&site, "<script>document.cookie = 'k=v; max-age=999'; localStorage.k = 'v'</script><p>Set.</p>");
@@ -158,12 +170,29 @@ async fn bad_pages_have_an_end() {
     said(loops_later, "they do not end");
     said(huge, "the page loads more than 24 MiB");
     said(never, "did not answer within 20 s");
-    floods.ok();
+    // It is read between two floods, or has told more of itself by then than can be followed, or than is read in time.
+    let (failed, text) = (floods.json()["data"]["isError"].clone(), floods.tool_text());
+    let ends = ["does more than can be followed", "scripts do not let it be read"];
+    match failed.as_bool() {
+        Some(true) => assert!(ends.iter().any(|end| text.contains(end)), "{text}"),
+        _ => assert!(text.starts_with("Floods."), "{text}"),
+    }
     let eats = page(
         &site,
         "<p>Eats.</p><script>const all = []; for (;;) all.push(new Uint8Array(16 << 20).fill(1))</script>",
     );
-    said(read(&small, &eats).await, "takes too much memory");
+    // The page beside it, in the same browser, neither ends nor begins again.
+    let beside = page(&site, "<p>Beside it.</p><script src='/after?path=/eaten'></script>");
+    let eating = async {
+        eventually("the page beside it is open", async || count(&site, "/after") > 0).await;
+        let eats = read(&small, &eats).await;
+        reqwest::get(site.url("/eaten")).await.unwrap();
+        eats
+    };
+    let (beside, eats) = tokio::join!(read(&small, &beside), eating);
+    said(eats, "the page takes too much memory");
+    assert_eq!(beside.tool_text(), "Beside it.");
+    assert_eq!(small.metric("mcp_browser_starts_total").await, 1.0);
     for api in [&small, &api] {
         assert!(read(api, &site.url("/article")).await.tool_text().contains("written by a script"));
     }
@@ -197,7 +226,7 @@ async fn a_browser_that_dies_is_replaced_and_none_is_left_behind() {
     let site = Site::on(OPEN).await;
     let api = builder().env("WEBTOOLS_PAGES", "2").start().await;
     let slow = page(&site, "<p>The end of a wait.</p><script src='/once'></script>");
-    // Killed while it renders: the page is rendered by another one, without anybody noticing.
+    // Killed while it renders: the page is rendered by another one, which is said.
     let killing = async {
         eventually("the page is being rendered", async || {
             count(&site, "/once") > 0 && !browsers(&api).is_empty()
@@ -208,7 +237,8 @@ async fn a_browser_that_dies_is_replaced_and_none_is_left_behind() {
         }
     };
     let (answer, ()) = tokio::join!(read(&api, &slow), killing);
-    assert!(answer.tool_text().contains("The end of a wait."), "once more");
+    let text = answer.tool_text();
+    assert!(text.starts_with("The end of a wait.") && text.contains("which a new one loaded again"), "{text}");
     assert_eq!(count(&site, "/once"), 2, "it was loaded twice");
     assert!(read(&api, &site.url("/article")).await.tool_text().contains("written by a script"));
 
@@ -222,9 +252,9 @@ async fn a_browser_that_dies_is_replaced_and_none_is_left_behind() {
     eventually("its page is closed", async || site.open.load(Ordering::SeqCst) == 0).await;
     eventually("nothing is open", async || api.metric("mcp_browser_pages").await == 0.0).await;
 
-    // No more pages than there may be; the others wait.
-    let limit = 2 * api.owners().len();
-    let crowd: Vec<_> = (0..limit + 2)
+    // No more pages than there may be. Four times as many wait, and one more is told so.
+    let limit = 2;
+    let mut crowd: Vec<_> = (0..=limit + 4 * limit)
         .map(|at| {
             let url = site.url(&format!("/never?crowd{at}"));
             let call =
@@ -233,13 +263,24 @@ async fn a_browser_that_dies_is_replaced_and_none_is_left_behind() {
             tokio::spawn(async move { request.send().await })
         })
         .collect();
-    eventually("some wait", async || count(&site, "/never?crowd") >= 2).await;
-    assert!(api.metric("mcp_browser_pages").await <= limit as f64);
+    eventually("all have come, and one has gone", async || {
+        crowd.iter().any(|call| call.is_finished()) && count(&site, "/never?crowd") >= limit
+    })
+    .await;
+    let gone = crowd.iter().position(|call| call.is_finished()).unwrap();
+    let refused = crowd.swap_remove(gone).await.unwrap().unwrap().text().await.unwrap();
+    assert!(refused.contains("too many pages are being read right now"), "{refused}");
+    assert_eq!(count(&site, "/never?crowd"), limit);
+    assert_eq!(api.metric("mcp_browser_pages").await, limit as f64);
+    assert!(!crowd.iter().any(|call| call.is_finished()), "the others wait");
     for call in crowd {
         call.abort();
     }
+    eventually("those that left leave room", async || {
+        read(&api, &site.url("/article")).await.tool_text().contains("written by a script")
+    })
+    .await;
 
-    read(&api, &site.url("/article")).await.ok();
     let owners = api.owners();
     assert!(!everything_of(&owners).is_empty());
     for owner in &owners {

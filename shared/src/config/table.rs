@@ -458,8 +458,8 @@ pub const VARIABLES: &[Variable] = &[
         "1gb",
         Group::Packages,
         Since::Now,
-        "Memory that Chromium's processes may take together, less what they share, from 256mb: beyond that the largest \
-         page ends.",
+        "Memory that Chromium's processes may take together, from 256mb, with what they share counted once: beyond that \
+         the largest page ends.",
     ),
     plain(
         "WEBTOOLS_PAGES",

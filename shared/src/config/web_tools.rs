@@ -17,7 +17,8 @@ pub struct WebToolSettings {
     pub sandbox: Sandbox,
     /// Pages that are open at once on one worker.
     pub pages: usize,
-    /// Bytes of memory that the browser may take, with all its processes; what they share is not counted.
+    /// Bytes of memory that the browser may take, with all its processes. What they share counts once; what the system
+    /// can read again from files (the browser's program, above all) does not count.
     pub memory: u64,
 }
 
@@ -67,6 +68,18 @@ pub enum BrowserChoice {
     Program(PathBuf),
     /// None.
     Never,
+}
+
+impl BrowserChoice {
+    /// What Chromium is called on the systems that there are, in the order in which it is looked for.
+    pub const NAMES: [&str; 6] = [
+        "chromium",
+        "chromium-browser",
+        "chromium-headless-shell",
+        "google-chrome",
+        "google-chrome-stable",
+        "chrome",
+    ];
 }
 
 /// When the browser's sandbox is left out.

@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -27,27 +27,22 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use zeroize::Zeroizing;
 
-use super::{cdp::Cdp, usage};
+use super::{
+    cdp::Cdp,
+    page,
+    usage::{self, Shared},
+};
 use crate::{
     meters,
     supervisor::{Child, SpawnSpec, Streams, Supervisor},
 };
 
-/// What Chromium is called on the systems that there are.
-const NAMES: [&str; 6] = [
-    "chromium",
-    "chromium-browser",
-    "chromium-headless-shell",
-    "google-chrome",
-    "google-chrome-stable",
-    "chrome",
-];
 /// Chromium wants the ends of its pipe as descriptors 3 and 4.
 const WITH_PIPE: &str = r#"exec "$0" "$@" 3<&0 4>&1 0</dev/null 1>&2"#;
 /// The proxy of whatever is no page: nobody listens there. (Pages have one each.)
 const NO_PROXY: &str = "--proxy-server=http://127.0.0.1:1";
 /// What every browser is started with.
-const FLAGS: [&str; 35] = [
+const FLAGS: [&str; 34] = [
     "--headless",
     "--remote-debugging-pipe",
     "--no-startup-window",
@@ -83,12 +78,13 @@ const FLAGS: [&str; 35] = [
     "--mute-audio",
     "--hide-scrollbars",
     "--disable-gpu",
-    "--disable-dev-shm-usage",
     "--disable-speech-api",
     // Nobody looks at them.
     "--blink-settings=imagesEnabled=false",
     "--js-flags=--max-old-space-size=512",
 ];
+/// Has it share memory by files in its folder.
+const SHARED_IN_FILES: &str = "--disable-dev-shm-usage";
 /// How often a browser's memory is looked at while it has pages.
 const LOOK: Duration = Duration::from_millis(250);
 /// How often an idle browser is looked at.
@@ -101,8 +97,13 @@ const KILL_TIME: Duration = Duration::from_secs(5);
 const FOLDER: &str = "mcp-api-chromium";
 /// Bytes of the path of the folder that they are in. Behind that are 34 of their own names and 47 of Chromium's socket.
 const PARENT: usize = 26;
-/// Bytes of what a browser says that are kept for the explanation of a failure.
-const WORDS: usize = 4 * 1024;
+/// Bytes of what a browser says that are kept for the explanation of a failure. Chromium's reason stands before pages of
+/// addresses.
+const WORDS: usize = 16 * 1024;
+/// What marks the line with the reason why it ended itself, or with the end of that.
+const FATAL: &str = ":FATAL:";
+/// How long after a page was ended because of its memory a crash may be heard of that is its own.
+const HEARD: Duration = Duration::from_secs(10);
 
 /// The browser that there is, or will be.
 pub struct Browsers {
@@ -131,10 +132,19 @@ pub struct Browser {
     open: AtomicUsize,
     /// Pages that there were.
     opened: AtomicUsize,
-    /// A page was ended because of its memory.
-    exceeded: AtomicBool,
+    /// What was ended because of its memory.
+    excess: Mutex<Option<Excess>>,
     used: Mutex<Instant>,
     kill: CancellationToken,
+}
+
+/// What was ended because of too much memory.
+#[derive(Clone, Copy)]
+enum Excess {
+    /// The largest page, then. None of the pages has said yet that this is the one.
+    Page(Instant),
+    /// The browser with all its pages, of which there were so many: none could be blamed.
+    Browser(usize),
 }
 
 /// A page's share in a browser.
@@ -164,9 +174,23 @@ impl Browser {
         self.kill.cancel();
     }
 
-    /// Whether a page was ended because of its memory since somebody asked.
-    pub fn take_exceeded(&self) -> bool {
-        self.exceeded.swap(false, Ordering::AcqRel)
+    /// Whether a page that crashed just now was ended because of its memory. One page hears that for each that was
+    /// ended, and none later: what was ended may have been a frame of a page that goes on.
+    pub fn ended_page(&self) -> bool {
+        let mut excess = lock(&self.excess);
+        let recent = matches!(*excess, Some(Excess::Page(at)) if at.elapsed() < HEARD);
+        if recent {
+            *excess = None;
+        }
+        recent
+    }
+
+    /// If it was ended as a whole because of its memory: how many pages it had.
+    pub fn ended_with(&self) -> Option<usize> {
+        match *lock(&self.excess) {
+            Some(Excess::Browser(pages)) => Some(pages),
+            _ => None,
+        }
     }
 }
 
@@ -227,13 +251,28 @@ impl Browsers {
         }
     }
 
+    /// Starts one for nobody, has it show an empty page, and ends it. Says which it is, or why it does not work.
+    pub async fn try_out(&self, program: &Path, sandboxed: bool) -> Result<String, String> {
+        let browser = self.start(program, sandboxed).await?;
+        let _end = browser.kill.clone().drop_guard();
+        page::show_empty(&browser.cdp).await.map_err(|error| format!("no page can be shown: {error}"))
+    }
+
     async fn start(&self, program: &Path, sandboxed: bool) -> Result<Arc<Browser>, String> {
-        let folder = tokio::task::spawn_blocking(make_folder).await.map_err(|error| error.to_string())??;
+        let made = tokio::task::spawn_blocking(|| {
+            let folder = make_folder()?;
+            let shared = Shared::of(&folder.0);
+            Ok::<_, String>((folder, shared))
+        });
+        let (folder, shared) = made.await.map_err(|error| error.to_string())??;
         let mut args = vec!["-c".to_owned(), WITH_PIPE.to_owned(), program.to_string_lossy().into_owned()];
         args.extend(FLAGS.map(str::to_owned));
         args.push(format!("--user-data-dir={}", folder.0.display()));
         if !sandboxed {
             args.push("--no-sandbox".to_owned());
+        }
+        if shared != Shared::Memory {
+            args.push(SHARED_IN_FILES.to_owned());
         }
         let own = |name: &str| Some((name.to_owned(), Zeroizing::new(std::env::var(name).ok()?)));
         let mut env: Vec<_> = ["PATH", "LANG", "LC_ALL", "TZ"].into_iter().filter_map(own).collect();
@@ -245,13 +284,13 @@ impl Browsers {
         let Streams { stdin, stdout, stderr } = streams;
         let cdp = Cdp::new(stdin, stdout, &self.tasks);
         let words = Arc::<Mutex<Vec<u8>>>::default();
-        self.tasks.spawn(keep_words(stderr, Arc::clone(&words)));
+        let hearing = self.tasks.spawn(keep_words(stderr, Arc::clone(&words)));
         let browser = Arc::new(Browser {
             cdp: cdp.clone(),
             pid: child.pid,
             open: AtomicUsize::new(0),
             opened: AtomicUsize::new(0),
-            exceeded: AtomicBool::new(false),
+            excess: Mutex::default(),
             used: Mutex::new(Instant::now()),
             kill: CancellationToken::new(),
         });
@@ -266,7 +305,11 @@ impl Browsers {
                     Ok(Err(error)) => error.to_string(),
                     _ => "it says nothing".to_owned(),
                 };
-                return Err(format!("{reason}: {}", last_words(&lock(&words))));
+                // It has said everything when none of its processes is left.
+                drop(guard);
+                let _ = timeout(KILL_TIME, hearing).await;
+                let said = last_words(&lock(&words));
+                return Err(if said.is_empty() { reason } else { format!("{reason}: {said}") });
             }
         };
         guard.disarm();
@@ -274,11 +317,11 @@ impl Browsers {
         tracing::info!(version, pid = browser.pid, sandboxed, "a browser renders pages");
         if !sandboxed {
             tracing::warn!(
-                "the browser runs without its sandbox, which root cannot have: run this program as another user, with \
-                 CHROMIUM_SANDBOX=auto"
+                "the browser runs without its sandbox, which root cannot have, and nobody with CHROMIUM_SANDBOX=never: run \
+                 this program as another user, with CHROMIUM_SANDBOX=auto"
             );
         }
-        self.tasks.spawn(limit_memory(Arc::clone(&browser), self.settings.memory));
+        self.tasks.spawn(limit_memory(Arc::clone(&browser), self.settings.memory, shared));
         Ok(browser)
     }
 }
@@ -291,7 +334,7 @@ pub fn program(choice: &BrowserChoice) -> Result<PathBuf, String> {
         BrowserChoice::Found => {
             let path = std::env::var_os("PATH").unwrap_or_default();
             let found = std::env::split_paths(&path)
-                .flat_map(|folder| NAMES.map(|name| folder.join(name)))
+                .flat_map(|folder| BrowserChoice::NAMES.map(|name| folder.join(name)))
                 .find(|file| is_executable(file));
             found.ok_or_else(|| "none is installed".to_owned())
         }
@@ -341,7 +384,7 @@ async fn watch(browser: Arc<Browser>, mut child: Child, folder: Folder, stopping
 }
 
 /// Ends the largest page as often as the browser takes more than it may.
-async fn limit_memory(browser: Arc<Browser>, most: u64) {
+async fn limit_memory(browser: Arc<Browser>, most: u64, shared: Shared) {
     loop {
         tokio::select! {
             () = browser.cdp.gone() => return,
@@ -350,10 +393,10 @@ async fn limit_memory(browser: Arc<Browser>, most: u64) {
         if browser.open.load(Ordering::Acquire) == 0 {
             continue;
         }
-        let (pid, mark) = (browser.pid, Arc::clone(&browser));
+        let (pid, mark, shared) = (browser.pid, Arc::clone(&browser), shared.clone());
         // It reads much of `/proc`, and waits for the end of what it ends.
         let looked = tokio::task::spawn_blocking(move || {
-            let usage = usage::of(pid);
+            let usage = usage::of(pid, most, &shared);
             if usage.bytes <= most {
                 return true;
             }
@@ -362,10 +405,13 @@ async fn limit_memory(browser: Arc<Browser>, most: u64) {
                 most,
                 "the browser takes too much memory: its largest page ends"
             );
-            mark.exceeded.store(true, Ordering::Release);
+            // Before its end, of which the page hears at once.
+            *lock(&mark.excess) = Some(Excess::Page(Instant::now()));
             usage.end_largest()
         });
         if !looked.await.unwrap_or(true) {
+            let pages = browser.open.load(Ordering::Acquire);
+            *lock(&browser.excess) = Some(Excess::Browser(pages));
             browser.kill();
         }
     }
@@ -384,7 +430,8 @@ async fn keep_words(mut stderr: impl AsyncRead + Unpin, words: Arc<Mutex<Vec<u8>
 fn last_words(words: &[u8]) -> String {
     let text = String::from_utf8_lossy(words);
     let lines: Vec<_> = text.lines().filter(|line| !line.trim().is_empty()).collect();
-    lines[lines.len().saturating_sub(4)..].join(" / ")
+    let end = lines.iter().position(|line| line.contains(FATAL)).map_or(lines.len(), |at| at + 1);
+    lines[end.saturating_sub(4)..end].join(" / ")
 }
 
 fn is_executable(file: &Path) -> bool {
@@ -430,4 +477,46 @@ fn make_folder() -> Result<Folder, String> {
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_page_that_was_ended_is_told_so_once_and_soon() {
+        let (ours, _browser) = tokio::io::duplex(64);
+        let (output, input) = tokio::io::split(ours);
+        let browser = Browser {
+            cdp: Cdp::new(input, output, &TaskTracker::new()),
+            pid: 0,
+            open: AtomicUsize::new(0),
+            opened: AtomicUsize::new(0),
+            excess: Mutex::default(),
+            used: Mutex::new(Instant::now()),
+            kill: CancellationToken::new(),
+        };
+        let is = |excess| *lock(&browser.excess) = Some(excess);
+        assert!(!browser.ended_page() && browser.ended_with().is_none());
+        is(Excess::Page(Instant::now()));
+        assert!(browser.ended_with().is_none());
+        assert_eq!([browser.ended_page(), browser.ended_page()], [true, false]);
+        is(Excess::Page(Instant::now() - HEARD));
+        assert!(!browser.ended_page(), "what crashes so much later does so by itself");
+        // Nobody is blamed for what all of them did.
+        is(Excess::Browser(3));
+        assert_eq!((browser.ended_page(), browser.ended_with()), (false, Some(3)));
+    }
+
+    #[test]
+    fn the_reason_stands_before_the_addresses() {
+        let said = "one\ntwo\n\nFailed to move to new namespace\n[1:1:FATAL:x.cc(1)] Check failed\n#0 0x55d0 <unknown>\n\
+                    #1 0x55d1 <unknown>\n#2 0x55d2 <unknown>\n#3 0x55d3 <unknown>\n";
+        assert_eq!(
+            last_words(said.as_bytes()),
+            "one / two / Failed to move to new namespace / [1:1:FATAL:x.cc(1)] Check failed"
+        );
+        assert_eq!(last_words(b"a\nb\nc\nd\ne\n"), "b / c / d / e");
+        assert_eq!(last_words(b""), "");
+    }
 }

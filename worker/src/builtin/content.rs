@@ -16,6 +16,10 @@ use super::{
 
 /// How often a page is rendered anew whose browser went away.
 const ATTEMPTS: usize = 2;
+/// What is said of one that was.
+const AGAIN: &str = "the browser ended while it rendered the page, which a new one loaded again.";
+/// Why the browser left to us what it was asked for: most often that is a document, sometimes a page to be downloaded.
+const NO_PAGE: &str = "the browser does not show it as a page";
 
 /// What is at a URL.
 pub struct Content {
@@ -41,6 +45,10 @@ pub enum ContentError {
     Page(String),
     #[error("the browser ended again and again while it rendered the page")]
     Browser,
+    #[error(
+        "the browser was ended, twice, since all pages that it had took too much memory together; try again in a moment"
+    )]
+    Crowded,
     #[error("it has no text: it is {0}")]
     NoText(String),
     #[error("too many pages are being read right now; try again in a moment")]
@@ -97,17 +105,25 @@ impl WebTools {
         let _place = self.waiting.try_acquire().map_err(|_| ContentError::Busy)?;
         let page = Arc::clone(&self.pages).acquire_owned().await.map_err(|_| ContentError::Stopping)?;
         let page = Arc::new(page);
-        for _ in 0..ATTEMPTS {
+        let mut error = ContentError::Browser;
+        for attempt in 0..ATTEMPTS {
             match render(&self.browsers, &url, &page).await {
-                Ok(rendered) => return self.rendered(&url, rendered).await,
-                Err(Failure::NoPage) => return self.fetched(&url, None).await,
-                Err(Failure::NoBrowser(why)) => return self.fetched(&url, Some(why)).await,
+                Ok(rendered) => {
+                    let mut content = self.rendered(&url, rendered).await?;
+                    if attempt > 0 {
+                        content.notes.push(AGAIN.to_owned());
+                    }
+                    return Ok(content);
+                }
+                Err(Failure::NoPage) => return self.fetched(&url, NO_PAGE).await,
+                Err(Failure::NoBrowser(why)) => return self.fetched(&url, &why).await,
                 Err(Failure::Failed(text)) => return Err(ContentError::Page(text)),
                 // Nothing was changed by reading it.
-                Err(Failure::Gone | Failure::Crashed) => {}
+                Err(Failure::Gone | Failure::Crashed) => error = ContentError::Browser,
+                Err(Failure::Crowded) => error = ContentError::Crowded,
             }
         }
-        Err(ContentError::Browser)
+        Err(error)
     }
 
     async fn rendered(&self, asked: &Url, page: Rendered) -> Result<Content, ContentError> {
@@ -124,8 +140,8 @@ impl WebTools {
         Ok(content)
     }
 
-    /// Fetches it without the browser: there is none, because of `why`, or it is no page.
-    async fn fetched(&self, asked: &Url, why: Option<String>) -> Result<Content, ContentError> {
+    /// Fetches it without the browser, because of `why`.
+    async fn fetched(&self, asked: &Url, why: &str) -> Result<Content, ContentError> {
         let Fetched { url, status, kind, charset, body } = fetch(&self.http, asked.clone()).await?;
         let document = match Kind::of(&kind, &body) {
             Kind::Html => {
@@ -149,7 +165,7 @@ impl WebTools {
         };
         let is_page = Kind::of(&kind, &body) == Kind::Html;
         let mut content = Content::new(asked, url.as_str(), Some(status), document, false);
-        if let (Some(why), true) = (why, is_page) {
+        if is_page {
             content.notes.push(format!(
                 "fetched without a browser, because {why}: what the page's scripts add is missing."
             ));

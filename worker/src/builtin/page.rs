@@ -30,6 +30,8 @@ const LOOK: Duration = Duration::from_millis(200);
 /// Characters of a page that are read.
 const CHARACTERS: usize = 4 * 1024 * 1024;
 
+/// What a caller is told whose page was ended.
+const TOO_MUCH: &str = "the page takes too much memory";
 /// What the browser says of a document that something else came before.
 const ABORTED: &str = "net::ERR_ABORTED";
 
@@ -54,6 +56,8 @@ pub enum Failure {
     NoBrowser(String),
     /// The browser went away. Another may do it.
     Gone,
+    /// The browser was ended because its pages took too much memory, this one or others. Another may do it.
+    Crowded,
     /// The page's process went away.
     Crashed,
     /// It is no page.
@@ -110,6 +114,26 @@ pub async fn render(
     permit: &Arc<OwnedSemaphorePermit>,
 ) -> Result<Rendered, Failure> {
     let share = browsers.share().await.map_err(Failure::NoBrowser)?;
+    let browser = Arc::clone(&share.0);
+    match render_in(browsers, share, url, permit).await {
+        Err(Failure::Crashed) if browser.ended_page() => Err(Failure::Failed(TOO_MUCH.to_owned())),
+        Err(Failure::Crashed) => Err(Failure::Failed("the page crashed".to_owned())),
+        Err(Failure::Gone) => Err(match browser.ended_with() {
+            // It was nobody else.
+            Some(1) => Failure::Failed(TOO_MUCH.to_owned()),
+            Some(_) => Failure::Crowded,
+            None => Failure::Gone,
+        }),
+        other => other,
+    }
+}
+
+async fn render_in(
+    browsers: &Browsers,
+    share: Share,
+    url: &Url,
+    permit: &Arc<OwnedSemaphorePermit>,
+) -> Result<Rendered, Failure> {
     let (cdp, browser) = (share.0.cdp.clone(), Arc::clone(&share.0));
     let gone = |error: CdpError| unusable(&browser, &error);
     // By a task, so that what is made for a caller who leaves meanwhile is taken away again.
@@ -160,11 +184,24 @@ pub async fn render(
             let most = limits::WEB_PAGE_BYTES / 1024 / 1024;
             Err(Failure::Failed(format!("the page loads more than {most} MiB")))
         }
-        Err(Failure::Crashed | Failure::Gone) if browser.take_exceeded() => {
-            Err(Failure::Failed("the page takes too much memory".to_owned()))
-        }
-        Err(Failure::Crashed) => Err(Failure::Failed("the page crashed".to_owned())),
         other => other,
+    }
+}
+
+/// Shows an empty page, which nothing leads out of, and says which browser did.
+pub async fn show_empty(cdp: &Cdp) -> Result<String, CdpError> {
+    let version = step(cdp.call(None, "Browser.getVersion", json!({}))).await?;
+    let context = step(cdp.call(None, "Target.createBrowserContext", json!({"disposeOnDetach": true}))).await?;
+    let target = json!({"url": "about:blank", "browserContextId": text(&context, "browserContextId")});
+    let target = step(cdp.call(None, "Target.createTarget", target)).await?;
+    let attach = json!({"targetId": text(&target, "targetId"), "flatten": true});
+    let session = text(&step(cdp.call(None, "Target.attachToTarget", attach)).await?, "sessionId");
+    // Only the page's own process can say that.
+    let evaluate = json!({"expression": "6 * 7", "returnByValue": true});
+    let answer = step(cdp.call(Some(&session), "Runtime.evaluate", evaluate)).await?;
+    match answer.pointer("/result/value").and_then(Value::as_u64) {
+        Some(42) => Ok(text(&version, "product")),
+        _ => Err(CdpError::Refused("something else than it was asked".to_owned())),
     }
 }
 
@@ -303,7 +340,13 @@ impl Load<'_> {
         loop {
             tokio::select! {
                 biased;
-                answer = &mut answer => return answer.map_err(refused),
+                answer = &mut answer => {
+                    if let Err(CdpError::Refused(_)) = &answer {
+                        // A page that crashes answers nothing any more, of which may be heard before the crash.
+                        self.catch_up().await?;
+                    }
+                    return answer.map_err(refused);
+                }
                 event = self.events.recv() => self.take(event).await?,
             }
         }

@@ -9,7 +9,7 @@ use std::{
 };
 
 use mcp_shared::{
-    config::{BrowserChoice, Settings, WebToolSettings},
+    config::Settings,
     doctor::{Area, Finding},
     error::shorten,
 };
@@ -18,7 +18,7 @@ use nix::{
     unistd::Pid,
 };
 
-use crate::{builtin::browser, packages::managers::passed_on};
+use crate::packages::managers::passed_on;
 
 /// How long a program may take to say its version.
 const PATIENCE: Duration = Duration::from_secs(4);
@@ -38,7 +38,6 @@ const PROBE: &str = "import sys, venv, ensurepip; print('%d.%d.%d' % sys.version
 
 /// Looks for them all, side by side.
 pub async fn look(settings: &Settings, network: bool) -> Vec<Finding> {
-    let web_tools = settings.remote.web_tools.clone();
     let python = settings.packages.python_bin.clone().unwrap_or_else(|| "python3".into());
     let mut looks = vec![
         tokio::task::spawn_blocking(node),
@@ -48,7 +47,6 @@ pub async fn look(settings: &Settings, network: bool) -> Vec<Finding> {
             move || self::python(&python)
         }),
         tokio::task::spawn_blocking(uv),
-        tokio::task::spawn_blocking(move || chromium(&web_tools)),
     ];
     if network {
         looks.push(tokio::task::spawn_blocking(npm_registry));
@@ -105,36 +103,6 @@ fn uv() -> Finding {
     match ask("uv".as_ref(), &["--version"], PATIENCE) {
         Ok(version) => Finding::ok(Area::Runtimes, "uv", version.trim_start_matches("uv ").to_owned()),
         Err(_) => Finding::ok(Area::Runtimes, "uv", "not found; pip does its work, more slowly"),
-    }
-}
-
-/// What renders pages for the built-in tools. They do without it, and say so.
-fn chromium(settings: &WebToolSettings) -> Finding {
-    let program = match browser::program(&settings.browser) {
-        Ok(program) => program,
-        Err(why) => return Finding::ok(Area::Runtimes, "chromium", format!("{why}; pages are not rendered")),
-    };
-    let sandboxed = browser::sandboxed(settings.sandbox);
-    match (ask(&program, &["--version"], PATIENCE), sandboxed) {
-        (Ok(version), Ok(true)) => Finding::ok(Area::Runtimes, "chromium", version),
-        (Ok(version), Ok(false)) => {
-            Finding::ok(Area::Runtimes, "chromium", format!("{version}, without its sandbox"))
-        }
-        (Ok(_), Err(why)) => Finding::warning(
-            Area::Runtimes,
-            "chromium",
-            format!("{why}; pages are not rendered"),
-            "run this program as another user, or set CHROMIUM_SANDBOX=auto",
-        ),
-        (Err(why), _) if settings.browser == BrowserChoice::Found => {
-            Finding::ok(Area::Runtimes, "chromium", format!("{why}; pages are not rendered"))
-        }
-        (Err(why), _) => Finding::warning(
-            Area::Runtimes,
-            "chromium",
-            format!("{why}; pages are not rendered"),
-            "correct CHROMIUM",
-        ),
     }
 }
 

@@ -3,7 +3,7 @@
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use mcp_shared::{
-    config::PackageSettings,
+    config::{PackageSettings, RemoteSettings},
     error::WorkerError,
     fleet::ServerLoad,
     hosting::{CallOffer, Hosting, Placing, Refusal, Reservation},
@@ -56,9 +56,14 @@ impl Cluster {
 
     /// Starts a worker.
     pub async fn worker(&self, boot: Boot) -> Node {
+        self.worker_with(boot, RemoteSettings::default()).await
+    }
+
+    /// Starts a worker that reaches what these settings let it reach.
+    pub async fn worker_with(&self, boot: Boot, remote: RemoteSettings) -> Node {
         let link = Faulty::new(Arc::clone(&self.store) as Arc<dyn Store>);
         let vault = self.vault_on(Arc::clone(&link) as Arc<dyn Store>).await;
-        let (packages, remote, limits) = (PackageSettings::default(), Default::default(), Default::default());
+        let (packages, limits) = (PackageSettings::default(), Default::default());
         let program = std::env::current_exe().unwrap();
         let worker = Worker::open(vault, program, boot, &packages, &remote, &limits, None).await.unwrap();
         Node { worker, link }

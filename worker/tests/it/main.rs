@@ -9,12 +9,13 @@ mod hosting;
 mod leases;
 mod managers;
 mod ownership;
+mod rebinding;
 
 /// The first argument that turns this test binary into the MCP server that it tests with.
 const FIXTURE: &str = "mcp-fixture";
 
-/// Runs before the test harness looks at the arguments: the test binary is also the MCP server and the
-/// supervisor that starts it.
+/// Runs before the test harness looks at the arguments: the test binary is also the MCP server, the
+/// supervisor that starts it, and what reads pages.
 // The attribute places a function pointer in a section of the binary that the loader calls. The
 // function needs no more than the program's arguments, which the standard library has by then.
 #[allow(unsafe_code)]
@@ -26,9 +27,10 @@ fn become_another_program() {
             let arguments: Vec<String> = arguments.collect();
             std::process::exit(mcp_shared::testing::fixture::run(&arguments));
         }
-        Some(mcp_worker::supervisor::ARGUMENT) => {
-            let ended = mcp_worker::supervisor::run();
-            std::process::exit(i32::from(ended != std::process::ExitCode::SUCCESS));
+        // The supervisor, and what reads documents.
+        Some(argument) if argument.starts_with("__") => {
+            let ended = mcp_worker::program::supervised();
+            std::process::exit(i32::from(ended != Some(std::process::ExitCode::SUCCESS)));
         }
         _ => {}
     }

@@ -120,6 +120,14 @@ async fn answer(mut stream: TcpStream, asked: &Mutex<Vec<String>>) {
             }
             send(&mut stream, 200, "text/javascript", b"").await;
         }
+        "/after" => {
+            // Once somebody has asked for something else.
+            let other = format!("GET {}", parameter("path").unwrap_or_default());
+            while !asked.lock().unwrap().contains(&other) {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            send(&mut stream, 200, "text/javascript", b"").await;
+        }
         "/never" => {
             // Until the other side goes.
             let _ = stream.read(&mut [0; 16]).await;
@@ -131,8 +139,10 @@ async fn answer(mut stream: TcpStream, asked: &Mutex<Vec<String>>) {
                 Some("none") => send(&mut stream, 200, "application/json", br#"{"results": []}"#).await,
                 Some("refused") => send(&mut stream, 403, "text/html", b"Forbidden").await,
                 Some("broken") => send(&mut stream, 500, "text/plain", b"canary").await,
-                Some("moved") => {
-                    let _ = stream.write_all(b"HTTP/1.1 302 Found\r\nlocation: http://127.0.0.1:1/\r\ncontent-length: 0\r\n\r\n").await;
+                Some(query) if query.starts_with("moved ") => {
+                    let to = query.trim_start_matches("moved ");
+                    let answer = format!("HTTP/1.1 302 Found\r\nlocation: {to}\r\ncontent-length: 0\r\n\r\n");
+                    let _ = stream.write_all(answer.as_bytes()).await;
                 }
                 Some("huge") => {
                     let head = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n\r\n{\"results\": [";
