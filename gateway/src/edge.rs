@@ -43,6 +43,8 @@ pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const CALL: &str = "/mcp/tool/call";
 /// Probes come to a node's address, whatever it is called, and learn nothing there.
 const PROBES: [&str; 2] = ["/healthz", "/readyz"];
+/// So does Prometheus, which finds each of several gateways by its address.
+const METRICS: &str = "/metrics";
 
 /// Which `Host` and `Origin` headers are accepted.
 #[derive(Debug)]
@@ -73,8 +75,8 @@ impl Allowed {
     }
 
     /// Refuses requests that a web page made in somebody's browser (DNS rebinding, cross-site), and
-    /// those whose head says two things at once.
-    fn check(&self, request: &Request, route: Option<&str>) -> Result<(), Problem> {
+    /// those whose head says two things at once. `guarded`: whoever comes needs a credential, too.
+    fn check(&self, request: &Request, route: Option<&str>, guarded: bool) -> Result<(), Problem> {
         let headers = request.headers();
         within_limits(request)?;
         let host = single(headers, &header::HOST)?;
@@ -83,8 +85,10 @@ impl Allowed {
         if host.is_none() && target.is_none() {
             return Err(Problem::invalid("The Host header is required"));
         }
-        let probe = route.is_some_and(|route| PROBES.contains(&route));
-        if !probe && host.into_iter().chain(target).any(|host| !self.host_allowed(host)) {
+        // A page whose name leads here has somebody's browser, and not their credential: where one is needed, names
+        // are of no use to it.
+        let any_name = route.is_some_and(|route| PROBES.contains(&route) || guarded && route == METRICS);
+        if !any_name && host.into_iter().chain(target).any(|host| !self.host_allowed(host)) {
             return Err(Problem::new(
                 ErrorCode::HostNotAllowed,
                 "The Host header names a host that is not allowed",
@@ -188,8 +192,9 @@ pub async fn edge(State(edge): State<Arc<Edge>>, mut request: Request, next: Nex
     let sent_bytes = request.body().size_hint().exact();
     let traced = Traced::begin(&request, route.as_deref());
     let trace_id = traced.as_ref().map(|traced| traced.trace.parent.trace());
+    let guarded = edge.guard.as_ref().is_some_and(Guard::asks);
     let (id, checked) = match request_id(request.headers()) {
-        Ok(id) => (id, allowed.check(&request, route.as_deref())),
+        Ok(id) => (id, allowed.check(&request, route.as_deref(), guarded)),
         Err(problem) => (RequestId::generate(), Err(problem)),
     };
     // A browser's question is answered here: it comes without credentials, and no route knows it.

@@ -54,6 +54,11 @@ impl Guard {
         Self { routes: of_path, authenticator }
     }
 
+    /// Whether routes that are not public need a credential.
+    pub fn asks(&self) -> bool {
+        self.authenticator.asks()
+    }
+
     async fn admit(&self, head: &Parts) -> Result<Principal, Problem> {
         let authenticator = &self.authenticator;
         if !authenticator.asks() {

@@ -3,7 +3,7 @@
 use std::process::Output;
 
 use mcp_shared::testing::{authorization::Authorization, remote::Remote};
-use reqwest::Method;
+use reqwest::{Method, header};
 use serde_json::{Value, json};
 
 use crate::{
@@ -140,6 +140,33 @@ async fn every_route_but_the_public_ones_needs_a_credential_and_its_scope() {
     api.send(twice).await.fails(400, "invalid_request");
     let basic = api.request_with(None, Method::GET, "/mcp/servers").basic_auth("alice", Some("x"));
     api.send(basic).await.fails(401, "unauthorized");
+}
+
+/// Each of several gateways is found by its address, which is in nobody's settings. What a browser is led to by a name
+/// comes without a credential.
+#[tokio::test]
+async fn metrics_are_shown_by_any_name_to_whoever_has_the_scope() {
+    let api = asking().await;
+    let scraper = make_key(&api, "prometheus", &["metrics"], json!({})).await;
+    let caller = make_key(&api, "alice", &["call", "secrets", "admin"], json!({})).await;
+    for host in ["10.0.0.7:8080", "[2001:db8::7]:8080", "gateway-2.example.org", "evil.com"] {
+        let get = |key: Option<&str>, path: &str| {
+            api.send(api.request_with(key, Method::GET, path).header(header::HOST, host))
+        };
+        let shown = get(Some(&scraper), "/metrics").await.ok();
+        assert!(shown.text.contains("mcp_http_requests_total"), "{host}: {}", shown.text);
+        get(None, "/metrics").await.fails(401, "unauthorized");
+        get(Some(&caller), "/metrics").await.fails(403, "forbidden");
+        // A name is checked everywhere else, whatever the key.
+        for path in ["/fleet", "/mcp/servers", "/metrics/", "/nowhere"] {
+            for key in [Some(scraper.as_str()), api.key(), None] {
+                get(key, path).await.fails(403, "host_not_allowed");
+            }
+        }
+    }
+    // Pages are refused by where they come from, too.
+    let page = api.request_with(Some(&scraper), Method::GET, "/metrics");
+    api.send(page.header(header::ORIGIN, "http://evil.com")).await.fails(403, "origin_not_allowed");
 }
 
 #[tokio::test]

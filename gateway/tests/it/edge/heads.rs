@@ -38,7 +38,7 @@ async fn web_pages_and_foreign_names_are_refused() {
     // The edge stands in front of every route, and of those that do not exist; only probes may come to
     // whatever address a node has.
     api.send(api.request(Method::GET, "/healthz").header(header::HOST, "10.0.0.7:8080")).await.ok();
-    for path in ["/mcp/tools", "/nowhere", "/mcp/servers/echo"] {
+    for path in ["/mcp/tools", "/nowhere", "/mcp/servers/echo", "/metrics"] {
         let answer = api.send(api.request(Method::GET, path).header(header::HOST, "evil.com")).await;
         answer.fails(403, "host_not_allowed");
     }
