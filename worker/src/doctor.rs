@@ -61,9 +61,8 @@ pub async fn look(settings: &Settings, role: Role, how: DoctorArguments) -> Vec<
         }
     };
     // It has a time of its own, which is longer than that of a look.
-    let browser = async {
-        if runs_servers { vec![browser::look(&settings.remote).await] } else { Vec::new() }
-    };
+    let browser =
+        async { if runs_servers { vec![browser::look(&settings.remote).await] } else { Vec::new() } };
     let health = async {
         if role == Role::Gateway {
             return Vec::new();

@@ -216,7 +216,11 @@ async fn a_browser_that_does_not_work_or_has_no_sandbox_is_found() {
     let words = ["chromium", "does not work", "correct CHROMIUM"];
     about(&[broken, ("CHROMIUM_SANDBOX", "never")]).await.is(0).finds("warning", "runtimes", &words);
     let as_root = geteuid().is_root();
-    let words = if as_root { ["when root runs it", "as another user"] } else { ["does not work", "correct CHROMIUM"] };
+    let words = if as_root {
+        ["when root runs it", "as another user"]
+    } else {
+        ["does not work", "correct CHROMIUM"]
+    };
     about(&[broken, ("CHROMIUM_SANDBOX", "always")]).await.is(0).finds("warning", "runtimes", &words);
     if !has_browser("doctor::a_browser_that_does_not_work_or_has_no_sandbox_is_found") {
         return;

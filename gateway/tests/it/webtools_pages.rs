@@ -238,7 +238,10 @@ async fn a_browser_that_dies_is_replaced_and_none_is_left_behind() {
     };
     let (answer, ()) = tokio::join!(read(&api, &slow), killing);
     let text = answer.tool_text();
-    assert!(text.starts_with("The end of a wait.") && text.contains("which a new one loaded again"), "{text}");
+    assert!(
+        text.starts_with("The end of a wait.") && text.contains("which a new one loaded again"),
+        "{text}"
+    );
     assert_eq!(count(&site, "/once"), 2, "it was loaded twice");
     assert!(read(&api, &site.url("/article")).await.tool_text().contains("written by a script"));
 

@@ -191,7 +191,8 @@ async fn render_in(
 /// Shows an empty page, which nothing leads out of, and says which browser did.
 pub async fn show_empty(cdp: &Cdp) -> Result<String, CdpError> {
     let version = step(cdp.call(None, "Browser.getVersion", json!({}))).await?;
-    let context = step(cdp.call(None, "Target.createBrowserContext", json!({"disposeOnDetach": true}))).await?;
+    let context =
+        step(cdp.call(None, "Target.createBrowserContext", json!({"disposeOnDetach": true}))).await?;
     let target = json!({"url": "about:blank", "browserContextId": text(&context, "browserContextId")});
     let target = step(cdp.call(None, "Target.createTarget", target)).await?;
     let attach = json!({"targetId": text(&target, "targetId"), "flatten": true});

@@ -173,7 +173,10 @@ mod tests {
         ] {
             let (level, text, remedy) = judged(settings, sandboxed, Err(why), &[]);
             assert_eq!(level, Level::Warning);
-            assert!(text.starts_with("it does not work") && remedy.contains("CHROMIUM=none"), "{text}: {remedy}");
+            assert!(
+                text.starts_with("it does not work") && remedy.contains("CHROMIUM=none"),
+                "{text}: {remedy}"
+            );
         }
     }
 }

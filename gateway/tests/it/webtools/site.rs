@@ -132,39 +132,37 @@ async fn answer(mut stream: TcpStream, asked: &Mutex<Vec<String>>) {
             // Until the other side goes.
             let _ = stream.read(&mut [0; 16]).await;
         }
-        "/search" => {
-            match parameter("q").as_deref() {
-                Some("garbage") => send(&mut stream, 200, "application/json", b"<html>not json").await,
-                Some("odd") => send(&mut stream, 200, "application/json", br#"{"results": "none"}"#).await,
-                Some("none") => send(&mut stream, 200, "application/json", br#"{"results": []}"#).await,
-                Some("refused") => send(&mut stream, 403, "text/html", b"Forbidden").await,
-                Some("broken") => send(&mut stream, 500, "text/plain", b"canary").await,
-                Some(query) if query.starts_with("moved ") => {
-                    let to = query.trim_start_matches("moved ");
-                    let answer = format!("HTTP/1.1 302 Found\r\nlocation: {to}\r\ncontent-length: 0\r\n\r\n");
-                    let _ = stream.write_all(answer.as_bytes()).await;
-                }
-                Some("huge") => {
-                    let head = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n\r\n{\"results\": [";
-                    let _ = stream.write_all(head.as_bytes()).await;
-                    while stream.write_all(&[b' '; 64 * 1024]).await.is_ok() {}
-                }
-                Some("slow") => {
-                    let _ = stream.read(&mut [0; 16]).await;
-                }
-                _ => {
-                    let results: Vec<_> = (1..=12)
+        "/search" => match parameter("q").as_deref() {
+            Some("garbage") => send(&mut stream, 200, "application/json", b"<html>not json").await,
+            Some("odd") => send(&mut stream, 200, "application/json", br#"{"results": "none"}"#).await,
+            Some("none") => send(&mut stream, 200, "application/json", br#"{"results": []}"#).await,
+            Some("refused") => send(&mut stream, 403, "text/html", b"Forbidden").await,
+            Some("broken") => send(&mut stream, 500, "text/plain", b"canary").await,
+            Some(query) if query.starts_with("moved ") => {
+                let to = query.trim_start_matches("moved ");
+                let answer = format!("HTTP/1.1 302 Found\r\nlocation: {to}\r\ncontent-length: 0\r\n\r\n");
+                let _ = stream.write_all(answer.as_bytes()).await;
+            }
+            Some("huge") => {
+                let head = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n\r\n{\"results\": [";
+                let _ = stream.write_all(head.as_bytes()).await;
+                while stream.write_all(&[b' '; 64 * 1024]).await.is_ok() {}
+            }
+            Some("slow") => {
+                let _ = stream.read(&mut [0; 16]).await;
+            }
+            _ => {
+                let results: Vec<_> = (1..=12)
                     .map(|at| serde_json::json!({
                         "title": format!("Tree {at}"), "content": "A tree, 木", "url": format!("https://trees.example/{at}"),
                         "engine": "x", "score": 1.5,
                     }))
                     .chain([serde_json::json!({"url": "https://bare.example/", "title": null})])
                     .collect();
-                    let body = serde_json::json!({"query": "x", "results": results}).to_string();
-                    send(&mut stream, 200, "application/json", body.as_bytes()).await;
-                }
+                let body = serde_json::json!({"query": "x", "results": results}).to_string();
+                send(&mut stream, 200, "application/json", body.as_bytes()).await;
             }
-        }
+        },
         _ => send(&mut stream, 404, html, b"<h1>Not here</h1><p>There is no such page.").await,
     }
     // What was written is read before the end is seen.
