@@ -215,10 +215,19 @@ os.unlink(sys.argv[1])
 os.fork()
 for at in range(0, len(memory), 4096):
     memory[at] = 1
-print('ready', flush=True)
+os.write(1, b'ready\\n')
 time.sleep(600)
 ";
     const SIZE: u64 = 64 * 1024 * 1024;
+
+    /// A group of processes, which ends with the test, however that ends.
+    struct Group(Pid);
+
+    impl Drop for Group {
+        fn drop(&mut self) {
+            let _ = killpg(self.0, Signal::SIGKILL);
+        }
+    }
 
     #[test]
     fn what_is_shared_counts_once() {
@@ -226,6 +235,7 @@ time.sleep(600)
         let folder = tempfile::tempdir().unwrap();
         command.args(["-c", SHARES]).arg(folder.path().join("file")).stdout(Stdio::piped()).process_group(0);
         let mut child = command.spawn().expect("python3 is needed");
+        let group = Group(Pid::from_raw(i32::try_from(child.id()).unwrap()));
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         for _ in 0..2 {
             assert_eq!(lines.next().unwrap().unwrap(), "ready");
@@ -233,8 +243,7 @@ time.sleep(600)
         let quick = of(child.id(), u64::MAX, &Shared::Memory);
         let exact = of(child.id(), 0, &Shared::Memory);
         let with_files = of(child.id(), 0, &Shared::FilesOnDisk(folder.path().to_owned()));
-        let group = Pid::from_raw(i32::try_from(child.id()).unwrap());
-        killpg(group, Signal::SIGKILL).unwrap();
+        drop(group);
         child.wait().unwrap();
         assert_eq!((quick.processes.len(), exact.processes.len()), (2, 2));
         // The kernel's own count may lag behind a little.

@@ -80,8 +80,9 @@ mod tests {
 
     fn record(template: Value) -> ServerRecord {
         serde_json::from_value(serde_json::json!({
-            "id": "1", "name": "remote", "transportType": "streamable_http", "url": "https://mcp.example/",
-            "oauthTemplate": template,
+            "_id": "6b031cdd6c5c3ee8dbcb20dd", "name": "remote", "displayName": "remote", "enabled": true,
+            "createdAt": "2026-11-22T16:48:29.287Z", "updatedAt": "2026-11-22T16:48:29.287Z",
+            "transportType": "streamable_http", "url": "https://mcp.example/", "oauthTemplate": template,
         }))
         .unwrap()
     }
