@@ -5,8 +5,11 @@ use bytes::{Bytes, BytesMut};
 use mcp_shared::limits;
 use tokio::io::{AsyncRead, AsyncReadExt};
 
-/// How much is read at once.
+/// How much is read at once, at most where lines are short.
 const CHUNK: usize = 64 * 1024;
+/// Less than this is not worth a read. Whoever keeps a line keeps the chunk that it came in, so that a chunk serves
+/// until it is full.
+const ROOM: usize = 4 * 1024;
 
 /// One step of reading.
 #[derive(Debug, PartialEq)]
@@ -51,7 +54,9 @@ impl<R: AsyncRead + Unpin> Lines<R> {
             if let Some(line) = self.cut() {
                 return Ok(Some(line));
             }
-            self.buffer.reserve(CHUNK);
+            if self.buffer.capacity() - self.buffer.len() < ROOM {
+                self.buffer.reserve(CHUNK);
+            }
             if self.source.read_buf(&mut self.buffer).await? == 0 {
                 return Ok(None);
             }
@@ -169,6 +174,8 @@ impl IdFinder {
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::AsyncWriteExt;
+
     use super::*;
 
     async fn all(text: &[u8], limit: usize, fatal: usize) -> Vec<Line> {
@@ -191,6 +198,20 @@ mod tests {
     #[tokio::test]
     async fn cuts_lines_and_ignores_an_unfinished_one() {
         assert_eq!(all(b"a\n\nbc\nd", 10, 100).await, [whole("a"), whole(""), whole("bc")]);
+    }
+
+    #[tokio::test]
+    async fn lines_that_are_kept_share_their_memory() {
+        let (reader, mut writer) = tokio::io::duplex(1024);
+        let mut lines = Lines::new(reader);
+        let mut kept: Vec<Bytes> = Vec::new();
+        for _ in 0..1000 {
+            writer.write_all(&[b"x".repeat(99), b"\n".to_vec()].concat()).await.unwrap();
+            let Some(Line::Whole(line)) = lines.next().await.unwrap() else { panic!("a line") };
+            kept.push(line);
+        }
+        let apart = kept.windows(2).filter(|two| two[0].as_ptr().wrapping_add(100) != two[1].as_ptr());
+        assert!(apart.count() <= 2, "100 KB are in two chunks, and not in one for each line");
     }
 
     #[tokio::test]
