@@ -20,7 +20,7 @@ use crate::{
     deployment::Deployment,
     figures::{Axis, Budget, Outcome, Plot, Series, Shape, Table},
     floors::Floor,
-    measure::{Latencies, closed_loop},
+    measure::{Latencies, closed_loop, median},
     paths::Path,
 };
 
@@ -32,6 +32,7 @@ const MANY: usize = 500;
 const LIST_MS: f64 = 10.0;
 /// Registrations at once.
 const AT_ONCE: usize = 8;
+const LIST: &str = "/mcp/servers";
 
 /// Runs.
 pub async fn run(context: &Context<'_>) -> Result<Outcome> {
@@ -40,8 +41,9 @@ pub async fn run(context: &Context<'_>) -> Result<Outcome> {
     let (listings, seconds) = context.size((100, 5), (20, 1));
     let text = format!(
         "{registered} servers are registered, {AT_ONCE} at a time, each a process of its own. All are listed {listings} times by one \
-         caller, beside as many bytes from floor-http and, in a cluster, beside the same documents read by MongoDB's driver \
-         alone (`store`): what is left are mcp-api's own ms. Then {hot} callers call, closed loop, {seconds} s: first one server, then \
+         caller, in turns with as many bytes from floor-http and, in a cluster, with the same documents read by MongoDB's driver \
+         alone (`store`): what is left of a listing without the store's time in the same turn are mcp-api's own ms, the median \
+         of which is shown. Then {hot} callers call, closed loop, {seconds} s: first one server, then \
          {hot} of them."
     );
     let mut outcome = Outcome::new("servers", "Many servers", text);
@@ -74,15 +76,8 @@ pub async fn run(context: &Context<'_>) -> Result<Outcome> {
             .try_collect::<()>()
             .await?;
         let registering = begun.elapsed().as_secs_f64();
-        let mut client = deployment.client().await?;
-        let (list, bytes) = listing(&mut client, "/mcp/servers", listings).await?;
-        let (tools, _) = listing(&mut client, "/mcp/tools", listings).await?;
-        let store = match deployment.store().await? {
-            Some(store) => reading(&store, listings).await?.sorted().at(0.5),
-            None => 0.0,
-        };
-        let mut client = Client::connect(&floor.address).await?;
-        let (same, _) = listing(&mut client, &format!("/bytes/{bytes}"), listings).await?;
+        let Listings { list, store, own, same, tools, bytes } =
+            measured(&deployment, &floor, listings).await?;
         let time = Duration::from_secs(seconds);
         let one = closed_loop(deployment.callers(hot, &Call::echo(100)).await?, time).await?.summary();
         let make = move |number: u64| {
@@ -91,18 +86,17 @@ pub async fn run(context: &Context<'_>) -> Result<Outcome> {
         };
         let callers = varied(&deployment.addresses(), hot, "/mcp/tool/call", Arc::new(make)).await?;
         let many = closed_loop(callers, time).await?.summary();
-        let (list, tools, same) = (list.sorted(), tools.sorted(), same.sorted());
-        let own = list.at(0.5) - store;
+        let (list, store, same) = (list.sorted(), store.sorted(), same.sorted());
         table.row([
             path.name().into(),
             (registered as f64 / registering).into(),
             list.at(0.5).into(),
             list.at(0.99).into(),
             (bytes as f64 / 1e3).into(),
-            store.into(),
+            if path == Path::Cluster { store.at(0.5) } else { 0.0 }.into(),
             own.into(),
             (own / same.at(0.5)).into(),
-            tools.at(0.5).into(),
+            tools.sorted().at(0.5).into(),
             one.per_second.into(),
             many.per_second.into(),
             (many.per_second / one.per_second).into(),
@@ -132,31 +126,60 @@ pub async fn run(context: &Context<'_>) -> Result<Outcome> {
     Ok(outcome)
 }
 
-/// What a listing reads from the store of a cluster, with nothing around it.
-async fn reading(store: &Database, times: usize) -> Result<Latencies> {
+/// What was measured of listings, in turns.
+struct Listings {
+    list: Latencies,
+    /// What a listing reads from the store of a cluster, with nothing around it.
+    store: Latencies,
+    /// Milliseconds of a listing without the store's of the same turn, in the median.
+    own: f64,
+    /// As many bytes from the floor.
+    same: Latencies,
+    tools: Latencies,
+    /// The size of a listing.
+    bytes: usize,
+}
+
+async fn measured(deployment: &Deployment, floor: &Floor, turns: usize) -> Result<Listings> {
+    let mut client = deployment.client().await?;
+    let mut bare = Client::connect(&floor.address).await?;
+    let database = deployment.store().await?;
+    let bytes = client.read(LIST).await?.len();
+    let as_many = format!("/bytes/{bytes}");
+    let [mut list, mut store, mut same, mut tools] = [(); 4].map(|()| Latencies::default());
+    let mut owns = Vec::with_capacity(turns);
+    for _ in 0..turns {
+        let listing = timed(client.read(LIST)).await?;
+        let reading = match &database {
+            Some(database) => timed(read(database)).await?,
+            None => Duration::ZERO,
+        };
+        list.push(listing);
+        store.push(reading);
+        owns.push((listing.as_secs_f64() - reading.as_secs_f64()) * 1e3);
+        same.push(timed(bare.read(&as_many)).await?);
+        tools.push(timed(client.read("/mcp/tools")).await?);
+    }
+    Ok(Listings { list, store, own: median(owns.into_iter()), same, tools, bytes })
+}
+
+/// Reads what a listing reads.
+async fn read(database: &Database) -> Result<()> {
     let all = async |name: &str| {
-        let found = store.collection::<RawDocumentBuf>(name).find(doc! {}).batch_size(1_000).await?;
+        let found = database.collection::<RawDocumentBuf>(name).find(doc! {}).batch_size(1_000).await?;
         found.try_collect::<Vec<_>>().await
     };
-    let mut latencies = Latencies::default();
-    for _ in 0..times {
-        let begun = Instant::now();
-        try_join(all("mcp"), all("mcpTools")).await?;
-        latencies.push(begun.elapsed());
-    }
-    Ok(latencies)
+    try_join(all("mcp"), all("mcpTools")).await?;
+    Ok(())
+}
+
+/// How long it takes.
+async fn timed<T>(what: impl Future<Output = Result<T>>) -> Result<Duration> {
+    let begun = Instant::now();
+    what.await?;
+    Ok(begun.elapsed())
 }
 
 async fn add(deployment: &Deployment, at: usize) -> Result<()> {
     deployment.add(&format!("echo-{at}"), json!({})).await
-}
-
-async fn listing(client: &mut Client, path: &str, times: usize) -> Result<(Latencies, usize)> {
-    let (mut latencies, mut bytes) = (Latencies::default(), 0);
-    for _ in 0..times {
-        let begun = Instant::now();
-        bytes = client.read(path).await?.len();
-        latencies.push(begun.elapsed());
-    }
-    Ok((latencies, bytes))
 }
